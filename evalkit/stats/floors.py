@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from evalkit.records import LOGLIKELIHOOD, ItemRecord, TaskEntry
+from evalkit.records import LOGLIKELIHOOD, ItemRecord, Mode, TaskEntry
 from evalkit.scoring import decide
+from evalkit.selection import digest
+from evalkit.stats.intervals import Interval, mean_t, wilson
 
 
 def loglikelihood_floors(records: Sequence[ItemRecord], entry: TaskEntry) -> dict[str, float]:
@@ -42,3 +44,40 @@ def _blind_right(record: ItemRecord, entry: TaskEntry) -> bool | None:
     alone = replace(outcome, logprobs=outcome.blind, blind=())
     lengths = "raw" if entry.normalisation == "pmi" else entry.normalisation
     return decide(alone, record.gold, record.choices, lengths).outcome == "correct"
+
+
+FEWEST_DECIDING = 20
+"""With fewer items in either half all of them decide: half of 30 says too little."""
+
+
+def deciding(records: Sequence[ItemRecord]) -> list[bool]:
+    """Which items decide whether a cell carries signal: a fixed half, by hash of the cluster, the same for every model.
+
+    A cell that is kept because its teacher happened to score high looks worse for the student than it is; deciding on
+    a part of the items, whatever they score, keeps most of that out. All decide where a half would be under 20 items.
+    """
+    half = [digest("signal", record.task, record.cluster or record.item) % 2 == 0 for record in records]
+    if min(sum(half), len(half) - sum(half)) < FEWEST_DECIDING:
+        return [True] * len(records)
+    return half
+
+
+def has_signal(records: Sequence[ItemRecord], entry: TaskEntry, mode: Mode) -> bool:
+    """Whether the lower bound of the model's accuracy is above its highest floor, on the items that decide."""
+    kept = [record for record, decides in zip(records, deciding(records), strict=True) if decides]
+    rights = [_right(record, mode, entry) for record in kept]
+    find = loglikelihood_floors if mode == LOGLIKELIHOOD else generation_floors
+    return accuracy(rights, [record.cluster or record.item for record in kept]).low > max(find(kept, entry).values())
+
+
+def _right(record: ItemRecord, mode: Mode, entry: TaskEntry) -> bool:
+    outcome = record.outcome(mode, entry.view(mode))
+    return outcome is not None and outcome.outcome == "correct"
+
+
+def accuracy(rights: Sequence[bool], clusters: Sequence[str]) -> Interval:
+    """Wilson's interval, or clustered t where items share a cluster."""
+    if len(set(clusters)) == len(rights):
+        return wilson(sum(rights), len(rights))
+    found = mean_t([float(right) for right in rights], clusters)
+    return replace(found, low=max(0.0, found.low))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
+from evalkit.stats.clustered import critical, mean_error
+from evalkit.stats.score import score_bounds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
@@ -35,11 +38,11 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(mean=p, low=low, high=high, n=n)
 
 
-def tango(lost: int, gained: int, n: int, level: float = 0.95) -> Interval:
+def tango(lost: float, gained: float, n: float, level: float = 0.95) -> Interval:
     """Score interval of a paired difference of proportions, (lost - gained) / n (Tango, 1998, Stat. Med. 17:891).
 
     ``lost``: pairs right first and wrong second; ``gained``: the reverse; ``n``: all pairs. It keeps its coverage
-    where few pairs differ, unlike a t interval.
+    where few pairs differ, unlike a t interval. Counts may be fractions, to see what other numbers of items would give.
     """
     if n < 1 or lost < 0 or gained < 0 or lost + gained > n:
         raise ValueError(f"{lost} lost and {gained} gained of {n} pairs: the parts exceed the whole")
@@ -68,7 +71,11 @@ def tango(lost: int, gained: int, n: int, level: float = 0.95) -> Interval:
 
     low = -1.0 if difference <= -1 else bound(z, -1.0)
     high = 1.0 if difference >= 1 else bound(-z, 1.0)
-    return Interval(mean=difference, low=low, high=high, n=n)
+    return Interval(mean=difference, low=low, high=high, n=round(n))
+
+
+FEW_DIFFER = 20
+"""Where fewer items than this differ from the rest, t misses too often (see ``mean_t``)."""
 
 
 def mean_t(
@@ -76,32 +83,30 @@ def mean_t(
 ) -> Interval:
     """t interval of the mean of per-item values that lie in [-bound, bound].
 
-    ``clusters``: items that share a name are not independent; the error is then clustered (Liang and Zeger, 1986)
-    with one degree of freedom less than there are clusters. Where all values are equal nothing can be estimated of
-    their spread; the interval then allows for the share of unseen items that could differ, 1 - (1 - level)^(1/n), by
-    ``bound`` each.
+    ``clusters``: items that share a name are not independent; the error is then CR2's with Satterthwaite's degrees of
+    freedom. Where fewer than 20 items (fewer still with few clusters, whose t is wide anyway; clustered items count for
+    less) differ from the commonest value, t covers as little as 84 % at 95 %, and the interval is widened to the score
+    interval's. Where all values are equal nothing can be estimated of their spread; the interval then allows for the
+    share of unseen items that could differ, 1 - (1 - level)^(1/n), by ``bound`` each.
     """
     n = len(values)
     if n == 0:
         raise ValueError("the mean of no values")
     x = np.asarray(values, dtype=float)
-    mean = float(x.mean())
-    groups = list(dict.fromkeys(clusters)) if clusters is not None else []
-    size = len(groups) if groups else n
-    if size < 2:
+    error = mean_error(x, clusters)
+    mean = error.mean
+    if error.df == 0:
         return Interval(mean=mean, low=-bound, high=bound, n=n)
-    if np.ptp(x) == 0:
-        unseen = bound * (1 - (1 - level) ** (1 / size))
+    distinct, counts = np.unique(x, return_counts=True)
+    if len(distinct) == 1:
+        unseen = bound * (1 - (1 - level) ** (1 / error.clusters))
         return Interval(mean=mean, low=max(-bound, mean - unseen), high=min(bound, mean + unseen), n=n)
-    if size == n:
-        se = float(x.std(ddof=1)) / math.sqrt(n)
-    else:
-        at = {name: i for i, name in enumerate(groups)}
-        sums = np.zeros(size)
-        np.add.at(sums, [at[name] for name in clusters or ()], x - mean)
-        se = math.sqrt(size / (size - 1) * float((sums**2).sum())) / n
-    half = float(stats.t.ppf(0.5 + level / 2, size - 1)) * se
-    return Interval(mean=mean, low=max(-bound, mean - half), high=min(bound, mean + half), n=n)
+    half = critical(error.df, level) * error.se
+    low, high = mean - half, mean + half
+    if (n - counts.max()) / error.deff < min(FEW_DIFFER, 2 * error.df):
+        scored = score_bounds(distinct, counts / error.deff, bound, level)
+        low, high = min(low, scored[0]), max(high, scored[1])
+    return Interval(mean=mean, low=max(-bound, low), high=min(bound, high), n=n)
 
 
 def macro(parts: Sequence[Interval]) -> Interval:
