@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, stats
 
-from evalkit.stats.clustered import critical, mean_error
+from evalkit.stats.clustered import Values, critical, mean_error
 from evalkit.stats.score import score_bounds
 
 
@@ -79,7 +79,7 @@ FEW_DIFFER = 20
 
 
 def mean_t(
-    values: Sequence[float], clusters: Sequence[str] | None = None, *, bound: float = 1.0, level: float = 0.95
+    values: Values, clusters: Sequence[str] | None = None, *, bound: float = 1.0, level: float = 0.95
 ) -> Interval:
     """t interval of the mean of per-item values that lie in [-bound, bound].
 

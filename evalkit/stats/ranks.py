@@ -91,32 +91,58 @@ class Ceiling:
 
 
 def noise_ceiling(measured: Measured, *, draws: int = 2000, seed: int = 0) -> Ceiling | None:
-    """Draw both modes' accuracies around true ones that are ranked alike.
+    """Draw both modes' accuracies around true ones that are ranked alike, and take tau between the draws.
 
-    The measured accuracies spread more than the true ones, by their noise; they are drawn in towards their mean until
-    their variance is what remains after it (of differences between checkpoints: what all share moves no rank). Then
-    the sorted values of each mode are dealt out in one common order, that of the mean of both modes' standardised
-    accuracies. None: a mode's accuracies differ by no more than noise, so there is no ranking to find.
+    The true ones are a guess, and a guess from noisy figures is spaced less evenly than the truth, which costs tau;
+    how much it costs is found by guessing again from some of the draws, and added back (a bootstrap correction of the
+    bias). None: a mode's accuracies differ by no more than noise, so there is no ranking to find.
     """
     k = len(measured.means) // 2
-    modes = [measured.means[:k], measured.means[k:]]
+    centre = _ranked_alike(measured.means, measured.covariance)
+    if centre is None:
+        return None
+    # Not the generator's multivariate_normal: a singular covariance (two equal checkpoints) must be no warning.
+    value, vector = np.linalg.eigh(measured.covariance)
+    root = vector * np.sqrt(np.maximum(value, 0.0))
+    noise = np.random.default_rng(seed).standard_normal((draws, 2 * k)) @ root.T
+    taus = _taus(centre + noise, k)
+    again = [_ranked_alike(means, measured.covariance) for means in (centre + noise)[:AGAIN]]
+    second = [0.0 if one is None else float(_taus(one + noise[:AGAIN], k).mean()) for one in again]
+    mean = float(taus.mean())
+    bias = float(np.mean(second)) - mean
+    low = float(np.quantile(taus, 0.05)) - bias
+    return Ceiling(mean=min(1.0, mean - bias), low=min(1.0, max(-1.0, low)))
+
+
+AGAIN = 200
+"""Draws from which the true accuracies are guessed again."""
+
+
+def _ranked_alike(means: np.ndarray, covariance: np.ndarray) -> np.ndarray | None:
+    """[2K] true accuracies of which the measured ones are a likely draw, ranked alike in both modes; None: none are.
+
+    Measured accuracies spread more than true ones, by their noise; they are drawn in towards their mean until their
+    variance is what remains after it (of differences between checkpoints: what all share moves no rank). Then the
+    sorted values of each mode are dealt out in one order, that of the mean of both modes' standardised accuracies.
+    """
+    k = len(means) // 2
     true = []
-    for at, seen in enumerate(modes):
-        part = measured.covariance[at * k : (at + 1) * k, at * k : (at + 1) * k]
+    for at in (0, k):
+        seen, part = means[at : at + k], covariance[at : at + k, at : at + k]
         noise = float((np.trace(part) - part.sum() / k) / (k - 1)) if k > 1 else 0.0
         spread = float(seen.var(ddof=1)) if k > 1 else 0.0
         if spread <= noise:
             return None
         true.append(seen.mean() + (seen - seen.mean()) * (1 - noise / spread) ** 0.5)
-    order = np.argsort(np.argsort(sum((t - t.mean()) / t.std() for t in true), kind="stable"))
-    centre = np.concatenate([np.sort(t)[order] for t in true])
-    # Not the generator's multivariate_normal: a singular covariance (two equal checkpoints) must be no warning.
-    value, vector = np.linalg.eigh(measured.covariance)
-    root = vector * np.sqrt(np.maximum(value, 0.0))
-    drawn = centre + np.random.default_rng(seed).standard_normal((draws, 2 * k)) @ root.T
+    common = sum((t - t.mean()) / t.std() for t in true)
+    order = np.argsort(np.argsort(common, kind="stable"))
+    return np.concatenate([np.sort(t)[order] for t in true])
+
+
+def _taus(drawn: np.ndarray, k: int) -> np.ndarray:
+    """Tau-b of each row's two halves; ``drawn``: [draws, 2K]."""
     i, j = np.triu_indices(k, 1)
     first = np.sign(drawn[:, i] - drawn[:, j])
     second = np.sign(drawn[:, k + i] - drawn[:, k + j])
     untied = np.sqrt(np.abs(first).sum(axis=1) * np.abs(second).sum(axis=1))
-    taus = (first * second).sum(axis=1) / np.maximum(untied, 1e-12)
-    return Ceiling(mean=float(taus.mean()), low=float(np.quantile(taus, 0.05)))
+    return np.asarray((first * second).sum(axis=1) / np.maximum(untied, 1e-12))

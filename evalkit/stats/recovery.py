@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evalkit.stats.clustered import critical, mean_error
+from evalkit.stats.clustered import Values, critical, mean_error
 from evalkit.stats.intervals import Interval
 
 
 def recovery(
-    teacher: Sequence[float], student: Sequence[float], clusters: Sequence[str] | None = None, *, level: float = 0.95
+    teacher: Values, student: Values, clusters: Sequence[str] | None = None, *, level: float = 0.95
 ) -> Interval | None:
     """mean(student) / mean(teacher) over the same items with Fieller's interval (1954), clustered where they are.
 

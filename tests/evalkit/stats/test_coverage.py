@@ -83,10 +83,10 @@ def test_a_hidden_gap_is_covered(n: int, discordance: float, share_lost: float) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share_lost", [0.5, 0.75, 1.0])
-@pytest.mark.parametrize("discordance", [0.02, 0.04, 0.06, 0.1, 0.2, 0.3])
-@pytest.mark.parametrize("n", [50, 100, 200, 500, 1000, 2000])
+@pytest.mark.parametrize("discordance", [0.02, 0.04, 0.1, 0.3])
+@pytest.mark.parametrize("n", [50, 100, 200, 500, 2000])
 def test_a_hidden_gap_is_covered_everywhere(n: int, discordance: float, share_lost: float) -> None:
-    check(hidden_gap_coverage(n, discordance, share_lost, 1.0, 4000), n * discordance, 4000)
+    check(hidden_gap_coverage(n, discordance, share_lost, 1.0, 3000), n * discordance, 3000)
 
 
 def sizes(clusters: int, n: int, steep: bool) -> np.ndarray:
@@ -148,7 +148,7 @@ def test_uneven_clusters_are_covered(case: tuple[int, int, bool, float, float]) 
 def test_uneven_clusters_are_covered_everywhere(  # type: ignore[no-untyped-def]
     clusters: int, n: int, steep: bool, discordance: float, lost: float, vary: float
 ):
-    check(*clustered_coverage(clusters, n, steep, discordance, lost, vary, 2500), 2500)
+    check(*clustered_coverage(clusters, n, steep, discordance, lost, vary, 1000), 1000)
 
 
 def test_copies_of_one_item_are_covered() -> None:
