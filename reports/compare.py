@@ -7,8 +7,9 @@ from typing import Any
 from evalkit.records import LOGLIKELIHOOD, MODES, ItemRecord, Mode
 from evalkit.stats.intervals import Interval
 from evalkit.store import Run, write_json, write_lines, write_text
-from reports.figures import model_result, notes, overall, task_result
-from reports.pairing import Gaps, Paired, check_settings, discordant, gaps_of, pair, rights_of, view_of
+from reports.figures import held_out, model_result, notes, overall, task_result
+from reports.pairing import Gaps, Paired, check_settings, discordant, formula_gaps_of, gaps_of, pair, rights_of, view_of
+from reports.why import adjust
 
 SCHEMA = "evalkit.compare/1"
 
@@ -41,7 +42,9 @@ class Comparison:
         self._paired = {name: pair(teacher, student, name) for name in names}
         self._gaps: dict[str, Gaps] = {name: gaps_of(paired) for name, paired in self._paired.items()}
         rules = teacher.manifest.settings.rules
-        results = [task_result(name, self._paired[name], self._gaps[name], rules) for name in names]
+        formulas = {name: formula_gaps_of(paired) for name, paired in self._paired.items()}
+        results = [task_result(name, self._paired[name], self._gaps[name], formulas[name], rules) for name in names]
+        adjust(results)
         only = sorted(set(teacher.tasks) ^ set(student.tasks)) if tasks is None else []
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
@@ -49,9 +52,12 @@ class Comparison:
             "student": model_result(student),
             "settings": teacher.manifest.settings.model_dump(mode="json"),
             "tasks": results,
-            "overall": overall(results, self._gaps),
+            "intervals": "95 %, of this checkpoint (over items)",
+            "overall": overall(results, self._gaps, formulas),
+            "held_out": None,
             "notes": notes(self._paired, only),
         }
+        self.result["held_out"] = held_out(self._paired, self.result["overall"]["tasks"])
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -19,58 +19,92 @@ from evalkit.records import (
     TaskEntry,
 )
 from evalkit.scoring import decide
-from evalkit.stats.floors import generation_floors, loglikelihood_floors
+from evalkit.stats.floors import accuracy, deciding, generation_floors, has_signal, loglikelihood_floors
 from evalkit.stats.intervals import Interval, macro, mean_t, wilson
+from evalkit.stats.units import penalty, verdict
 from evalkit.store import Run
-from reports.pairing import Gaps, Paired, outcomes_of, rights_of, view_of
+from reports.pairing import Gaps, Paired, formulas_of, gaps_of, hidden_steps, outcomes_of, rights_of, view_of
+from reports.why import answers, divergence, flows, loss_test, modes_agree, plain, recovered, step_test
 
 CLOSED_BLOCK = "a closed empty thinking block"
 
 
-def _plain(interval: Interval) -> dict[str, Any]:
-    return {"mean": interval.mean, "ci95": [interval.low, interval.high]}
-
-
 def _maybe(interval: Interval | None) -> dict[str, Any] | None:
-    return None if interval is None else _plain(interval)
+    return None if interval is None else plain(interval)
 
 
-def task_result(name: str, paired: Paired, gaps: Gaps, rules: str) -> dict[str, Any]:
+def task_result(name: str, paired: Paired, gaps: Gaps, formula: Gaps, rules: str) -> dict[str, Any]:
     entry = paired.teacher_entry
+    teachers = [teacher for teacher, _ in paired.pairs]
     modes: dict[str, Any] = {}
-    signal: dict[str, bool] = {}
     for mode in gaps.gaps:
         floors = _floors(paired, mode)
-        floor = max(floors["teacher"].values())
         outcomes = outcomes_of(paired, mode)
         teacher, student = (_accuracy([pair[side] for pair in outcomes], paired.clusters) for side in (0, 1))
         own = _loglikelihood_only(paired) if mode == LOGLIKELIHOOD else {"rules": rules}
         modes[mode] = {
             "view": view_of(paired, mode),
             **own,
-            "floor": floor,
+            "floor": max(floors["teacher"].values()),
             "floors": floors,
             "teacher": teacher,
             "student": student,
-            "gap": _plain(gaps.gaps[mode]),
+            "gap": plain(gaps.gaps[mode]),
+            "formula": {**_formula_means(paired, mode), "gap": plain(formula.gaps[mode])},
+            **loss_test(paired, mode),
+            **answers(paired, mode),
         }
-        signal[mode] = teacher["ci95"][0] > floor
-    protocol = None
-    if gaps.protocol is not None and not gaps.one_view:
-        protocol = {
-            **_plain(gaps.protocol),
-            "parts": {"mode": _maybe(gaps.hidden), "view": _maybe(gaps.view_shift)},
-        }
+    decide_on = deciding(teachers)
     return {
         "name": name,
         "version": entry.version,
         "n": len(paired.pairs),
+        "clusters": len(set(paired.clusters)),
         "shots": entry.shots,
-        "signal": signal,
+        "signal": {mode: has_signal(teachers, entry, mode) for mode in gaps.gaps},
+        "signal_items": sum(decide_on),
         "modes": modes,
-        "hidden_gap": _plain(gaps.hidden) if gaps.one_view and gaps.hidden else None,
-        "protocol_gap": protocol,
+        "hidden_gap": _between(gaps.hidden, formula.hidden, paired) if gaps.one_view else None,
+        "protocol_gap": _protocol(paired, gaps, formula),
+        "recovery": recovered(paired),
+        "flows": flows(paired),
+        "agreement": modes_agree(paired),
+        "divergence": divergence(paired),
         "strata": {"of": entry.strata, "rows": _strata(paired)} if entry.strata else None,
+    }
+
+
+def _formula_means(paired: Paired, mode: Mode) -> dict[str, Any]:
+    scores = formulas_of(paired, mode)
+    bound = 1 + max(penalty(record) for record, _ in paired.pairs)
+    return {
+        who: plain(mean_t([pair[side] for pair in scores], paired.clusters, bound=bound))
+        for side, who in enumerate(("teacher", "student"))
+    }
+
+
+def _between(raw: Interval | None, formula: Interval | None, paired: Paired) -> dict[str, Any] | None:
+    """A gap between the modes after the same bytes, in both units, with what they allow one to say."""
+    if raw is None or formula is None:
+        return None
+    return {
+        **plain(raw),
+        "formula": plain(formula),
+        "verdict": verdict(raw, formula),
+        **step_test(hidden_steps(paired), paired.clusters),
+    }
+
+
+def _protocol(paired: Paired, gaps: Gaps, formula: Gaps) -> dict[str, Any] | None:
+    """With its two parts; what it says is of the protocol, and only the mode's part is a hidden gap."""
+    if gaps.protocol is None or formula.protocol is None or gaps.one_view:
+        return None
+    parts = {"mode": _maybe(formula.hidden), "view": _maybe(formula.view_shift)}
+    return {
+        **plain(gaps.protocol),
+        "formula": {**plain(formula.protocol), "parts": parts},
+        "verdict": verdict(gaps.protocol, formula.protocol),
+        "parts": {"mode": _between(gaps.hidden, formula.hidden, paired), "view": _maybe(gaps.view_shift)},
     }
 
 
@@ -131,22 +165,20 @@ def _accuracy(outcomes: Sequence[Outcome], clusters: Sequence[str]) -> dict[str,
     counts = Counter(outcome.outcome for outcome in outcomes)
     n = len(outcomes)
     assert sum(counts[verdict] for verdict in VERDICTS) == n, "an outcome of no known kind"
-    overall = wilson(counts["correct"], n)
-    if len(set(clusters)) < n:
-        overall = mean_t([float(outcome.outcome == "correct") for outcome in outcomes], clusters)
+    overall = accuracy([outcome.outcome == "correct" for outcome in outcomes], clusters)
     read = counts["correct"] + counts["wrong"]
     parsed = wilson(counts["correct"], read) if read else None
     return {
         "accuracy": overall.mean,
-        "ci95": [max(0.0, overall.low), overall.high],
+        "ci95": [overall.low, overall.high],
         "outcomes": {verdict: counts[verdict] for verdict in VERDICTS},
         "parsed": None if parsed is None else {"accuracy": parsed.mean, "ci95": [parsed.low, parsed.high], "n": read},
     }
 
 
-def overall(tasks: Sequence[dict[str, Any]], gaps: dict[str, Gaps]) -> dict[str, Any]:
-    """Equal-weight averages over the tasks with signal in every scored mode; each gap between the modes over those of
-    them that have it, beside the modes' gaps over the same tasks."""
+def overall(tasks: Sequence[dict[str, Any]], gaps: dict[str, Gaps], formulas: dict[str, Gaps]) -> dict[str, Any]:
+    """Equal-weight averages over the tasks with signal in every scored mode, in raw points and in formula scores; each
+    gap between the modes over those of them that have it, beside the modes' gaps over the same tasks."""
     used = [task for task in tasks if all(task["signal"].values())]
     result: dict[str, Any] = {
         "tasks": [task["name"] for task in used],
@@ -156,26 +188,58 @@ def overall(tasks: Sequence[dict[str, Any]], gaps: dict[str, Gaps]) -> dict[str,
         "protocol_gap": None,
     }
 
-    def average(names: Sequence[str], mode: Mode) -> dict[str, Any]:
-        return _plain(macro([gaps[name].gaps[mode] for name in names]))
+    def average(names: Sequence[str], mode: Mode, of: dict[str, Gaps]) -> dict[str, Any]:
+        return plain(macro([of[name].gaps[mode] for name in names]))
 
     for mode in MODES:
         if used and all(mode in task["modes"] for task in used):
             cells = [task["modes"][mode] for task in used]
             result["modes"][mode] = {
                 **{who: _mean_accuracy([cell[who] for cell in cells]) for who in ("teacher", "student")},
-                "gap": average(result["tasks"], mode),
+                "gap": average(result["tasks"], mode, gaps),
+                "formula_gap": average(result["tasks"], mode, formulas),
             }
     for kind in ("hidden_gap", "protocol_gap"):
         names = [task["name"] for task in used if task[kind]]
-        found = [gaps[name].hidden if kind == "hidden_gap" else gaps[name].protocol for name in names]
-        if names:
+        raw, formula = (_macro_between([of[name] for name in names], kind) for of in (gaps, formulas))
+        if raw and formula:
             result[kind] = {
-                **_plain(macro([gap for gap in found if gap])),
+                **plain(raw),
+                "formula": {
+                    **plain(formula),
+                    "gaps": {mode: average(names, mode, formulas) for mode in MODES},
+                },
+                "verdict": verdict(raw, formula),
                 "tasks": names,
-                "gaps": {mode: average(names, mode) for mode in MODES},
+                "gaps": {mode: average(names, mode, gaps) for mode in MODES},
             }
     return result
+
+
+def held_out(paired: dict[str, Paired], names: Sequence[str]) -> dict[str, Any] | None:
+    """The averages again, over the items that did not decide which tasks carry signal; None where all items decided in
+    one of the tasks."""
+    rest: list[Gaps] = []
+    for name in names:
+        kept = deciding([teacher for teacher, _ in paired[name].pairs])
+        if all(kept):
+            return None
+        pairs = tuple(pair for pair, decides in zip(paired[name].pairs, kept, strict=True) if not decides)
+        rest.append(gaps_of(replace(paired[name], pairs=pairs)))
+    if not rest:
+        return None
+    modes = [mode for mode in MODES if all(mode in gaps.gaps for gaps in rest)]
+    return {
+        "items": sum(next(iter(gaps.gaps.values())).n for gaps in rest),
+        "gaps": {mode: plain(macro([gaps.gaps[mode] for gaps in rest])) for mode in modes},
+        "hidden_gap": _maybe(_macro_between([gaps for gaps in rest if gaps.one_view], "hidden_gap")),
+    }
+
+
+def _macro_between(found: Sequence[Gaps], kind: str) -> Interval | None:
+    parts = [gap.hidden if kind == "hidden_gap" else gap.protocol for gap in found]
+    known = [part for part in parts if part is not None]
+    return macro(known) if known else None
 
 
 def _mean_accuracy(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -5,16 +5,19 @@ from typing import Any
 
 from evalkit.records import VERDICTS
 from evalkit.stats.intervals import wilson
+from reports.cells import inline, table_of
 from reports.table import HEADERS, SHORT, caption, lines, percent, signed
+from reports.why_markdown import why_sections
 
 
 def compare_markdown(result: dict[str, Any]) -> str:
     teacher, student = result["teacher"], result["student"]
     parts = [
-        f"# {_inline(teacher['name'])} against {_inline(student['name'])}",
+        f"# {inline(teacher['name'])} against {inline(student['name'])}",
         sentence(result),
         _main_table(result),
         caption(result),
+        *why_sections(result),
         "## Outcomes",
         _outcome_table(result),
         "## Floors",
@@ -23,7 +26,7 @@ def compare_markdown(result: dict[str, Any]) -> str:
         *_strata_section(result),
     ]
     if result["notes"]:
-        parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in result["notes"])]
+        parts += ["## Notes", "\n".join(f"* {inline(note)}" for note in result["notes"])]
     parts += ["## What was compared", _provenance(result)]
     return "\n\n".join(parts) + "\n"
 
@@ -45,20 +48,20 @@ def sentence(result: dict[str, Any]) -> str:
     return " ".join(_gap_sentence(kind.replace("_", " "), overall[kind]) for kind in kinds)
 
 
+SAID = {
+    "log-likelihood hides loss": "log-likelihood hides loss",
+    "log-likelihood shows more loss than generation": "log-likelihood shows more loss than generation does",
+    "depends on the scale": "which mode loses more depends on the scale",
+    "no difference shown": "no difference between the modes is shown in either unit",
+}
+
+
 def _gap_sentence(kind: str, cell: dict[str, Any]) -> str:
     gaps = {mode: signed(gap) for mode, gap in cell["gaps"].items()}
-    low, high = cell["ci95"]
-    verdict = (
-        "generation loses more than log-likelihood shows"
-        if low > 0
-        else "generation loses less than log-likelihood shows"
-        if high < 0
-        else "no difference between the modes is shown"
-    )
     return (
         f"Student against teacher: a gap of {gaps['loglikelihood']} points by log-likelihood and of "
-        f"{gaps['generation']} by generation over {_over(cell['tasks'])}, so a {kind} of {signed(cell)}: in raw "
-        f"points, {verdict}."
+        f"{gaps['generation']} by generation over {_over(cell['tasks'])}, so a {kind} of {signed(cell)} in raw points "
+        f"and of {signed(cell['formula'])} in formula scores: {SAID[cell['verdict']]}."
     )
 
 
@@ -66,14 +69,8 @@ def _over(tasks: Sequence[str]) -> str:
     return f"{len(tasks)} task{'s' if len(tasks) > 1 else ''} ({', '.join(tasks)})"
 
 
-def _table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> str:
-    rule = ["---" if at < left else "---:" for at in range(len(headers))]
-    body = ["| " + " | ".join(_inline(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(headers) + " |", "| " + " | ".join(rule) + " |", *body])
-
-
 def _main_table(result: dict[str, Any]) -> str:
-    return _table(HEADERS, [line.cells for line in lines(result)], left=3)
+    return table_of(HEADERS, [line.cells for line in lines(result)], left=3)
 
 
 def _outcome_table(result: dict[str, Any]) -> str:
@@ -89,7 +86,7 @@ def _outcome_table(result: dict[str, Any]) -> str:
                 of_read = "–" if parsed is None else f"{percent(parsed['accuracy'])} (n = {parsed['n']})"
                 rows.append((task["name"], SHORT[mode], who, *rates, of_read))
     note = "Percent of items [95 % Wilson interval]; the last column is the accuracy over items with a readable answer."
-    return _table(("Task", "Mode", "Model", *VERDICTS, "of the read"), rows, left=3) + f"\n\n{note}"
+    return table_of(("Task", "Mode", "Model", *VERDICTS, "of the read"), rows, left=3) + f"\n\n{note}"
 
 
 def _rate(count: int, total: int) -> str:
@@ -107,9 +104,10 @@ def _floor_table(result: dict[str, Any]) -> str:
                 rows.append((task["name"], SHORT[mode], who, floors, percent(cell[who]["ci95"][0]), signal))
     note = (
         "chance: guessing; position: always the commonest gold position; blind: ranking the choices without the "
-        "question; constant: always the commonest answer. Signal: the teacher's lower bound is above its highest floor."
+        "question; constant: always the commonest answer. Signal: the teacher's lower bound is above its highest floor "
+        "on a fixed half of the items (on all of them where a half would be under 20)."
     )
-    return _table(("Task", "Mode", "Model", "Floors", "Lower bound", "Signal"), rows, left=4) + f"\n\n{note}"
+    return table_of(("Task", "Mode", "Model", "Floors", "Lower bound", "Signal"), rows, left=4) + f"\n\n{note}"
 
 
 def _loglikelihood_section(result: dict[str, Any]) -> list[str]:
@@ -122,7 +120,7 @@ def _loglikelihood_section(result: dict[str, Any]) -> list[str]:
                 mark = " (primary)" if name == cell["normalisation"] else ""
                 gap = f"{100 * (both['teacher'] - both['student']):+.1f}"
                 rows.append((task["name"], name + mark, percent(both["teacher"]), percent(both["student"]), gap))
-    table = _table(("Task", "Normalisation", "Teacher", "Student", "Gap"), rows, left=2)
+    table = table_of(("Task", "Normalisation", "Teacher", "Student", "Gap"), rows, left=2)
     return ["## Log-likelihood under each normalisation", table] if rows else []
 
 
@@ -141,7 +139,7 @@ def _strata_section(result: dict[str, Any]) -> list[str]:
             )
             for row in task["strata"]["rows"]
         ]
-        parts += [f"### {_inline(task['name'])}", _table(headers, rows)]
+        parts += [f"### {inline(task['name'])}", table_of(headers, rows)]
     return ["## By stratum", "Accuracy in percent, exploratory.", *parts] if parts else []
 
 
@@ -152,19 +150,14 @@ def _provenance(result: dict[str, Any]) -> str:
         size = f"{model['parameters'] / 1e6:,.1f}M parameters, " if model["parameters"] else ""
         made = f" Made as: {model['note']}." if model["note"] else ""
         out.append(
-            f"* {who.capitalize()}: {_inline(model['name'])}, {size}{model['dtype']} on {model['device']}, "
-            f"fingerprint `{model['fingerprint']}`.{_inline(made)}"
+            f"* {who.capitalize()}: {inline(model['name'])}, {size}{model['dtype']} on {model['device']}, "
+            f"fingerprint `{model['fingerprint']}`.{inline(made)}"
         )
     settings = {name: value for name, value in result["settings"].items() if value not in (None, "", False)}
     told = ", ".join(f"{name} {', '.join(v) if isinstance(v, list) else v}" for name, v in settings.items())
-    out.append(f"* Settings: {_inline(told)}.")
+    out.append(f"* Settings: {inline(told)}.")
     tasks = [f"{t['name']} (version {t['version']}, {t['n']} items, {t['shots']} shots)" for t in result["tasks"]]
-    out.append(f"* Tasks: {_inline('; '.join(tasks))}.")
+    out.append(f"* Tasks: {inline('; '.join(tasks))}.")
     versions = result["teacher"]["versions"]
     out.append(f"* Software: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return "\n".join(out)
-
-
-def _inline(text: str) -> str:
-    """Text that may hold anything, safe in a table cell or a list."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

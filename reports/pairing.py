@@ -1,11 +1,12 @@
 """Two runs, item by item: what is comparable, and the differences between the modes."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, ItemRecord, Mode, Outcome, TaskEntry
 from evalkit.stats.intervals import Interval, mean_t, tango
+from evalkit.stats.units import formula_score, penalty
 from evalkit.store import Run
 
 
@@ -63,7 +64,7 @@ def pair(teacher: Run, student: Run, name: str) -> Paired:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gaps:
-    """The differences of one task; None where a mode or a shared view is missing."""
+    """The differences of one task in one unit; None where a mode or a shared view is missing."""
 
     gaps: dict[Mode, Interval]
     hidden: Interval | None
@@ -101,31 +102,72 @@ def losses(rights: Iterable[tuple[bool, bool]]) -> list[int]:
     return [int(t) - int(s) for t, s in rights]
 
 
+def same_bytes(paired: Paired) -> bool:
+    """Generation answered after the same bytes as log-likelihood in its view (no thinking block of its own)."""
+    said = f"{view_of(paired, GENERATION)} (thinking)"
+    return not any(said in record.prompts for pair in paired.pairs for record in pair)
+
+
+def hidden_steps(paired: Paired) -> list[int]:
+    """Generation's loss minus log-likelihood's inside generation's view, item by item; empty where there is none."""
+    said = view_of(paired, GENERATION)
+    generation, inside = losses(rights_of(paired, GENERATION)), losses(rights_of(paired, LOGLIKELIHOOD, said))
+    if not generation or not inside or not same_bytes(paired):
+        return []
+    return [g - i for g, i in zip(generation, inside, strict=True)]
+
+
+def formulas_of(paired: Paired, mode: Mode, view: str | None = None) -> list[tuple[float, float]]:
+    """(teacher's, student's) formula score of each item."""
+    listed = paired.teacher_entry.listed
+    found = zip(paired.pairs, outcomes_of(paired, mode, view), strict=False)
+    return [(formula_score(t, one, listed), formula_score(s, two, listed)) for (t, s), (one, two) in found]
+
+
 def gaps_of(paired: Paired) -> Gaps:
-    gaps: dict[Mode, Interval] = {}
+    """In raw points (fractions): Tango's intervals, t between the modes, clustered where items are."""
     clusters = paired.clusters
     clustered = len(set(clusters)) < len(clusters)
-    for mode in MODES:
+
+    def gap(mode: Mode) -> Interval:
         rights = rights_of(paired, mode)
-        if rights and clustered:
-            gaps[mode] = mean_t(losses(rights), clusters)
-        elif rights:
-            gaps[mode] = tango(*discordant(rights), len(rights))
+        return mean_t(losses(rights), clusters) if clustered else tango(*discordant(rights), len(rights))
+
+    return _gaps(paired, lambda mode, view: losses(rights_of(paired, mode, view)), gap, bound=1.0)
+
+
+def formula_gaps_of(paired: Paired) -> Gaps:
+    """In formula scores (a right answer is 1, a guess 0 on average): t, clustered where items are."""
+    bound = 1 + max(penalty(record) for record, _ in paired.pairs)
+
+    def steps(mode: Mode, view: str | None) -> list[float]:
+        return [t - s for t, s in formulas_of(paired, mode, view)]
+
+    return _gaps(paired, steps, lambda mode: mean_t(steps(mode, None), paired.clusters, bound=bound), bound=bound)
+
+
+def _gaps(
+    paired: Paired,
+    steps: Callable[[Mode, str | None], Sequence[float]],
+    gap: Callable[[Mode], Interval],
+    bound: float,
+) -> Gaps:
+    """``steps``: teacher minus student, item by item, within ``bound``; empty where the mode was not scored."""
+    gaps = {mode: gap(mode) for mode in MODES if steps(mode, None)}
     if len(gaps) < 2:
         return Gaps(gaps=gaps, hidden=None, protocol=None, view_shift=None, one_view=False)
 
-    def difference(a: Sequence[int], b: Sequence[int]) -> Interval:
-        return mean_t([x - y for x, y in zip(a, b, strict=True)], clusters, bound=2.0)
+    def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
+        return mean_t([x - y for x, y in zip(a, b, strict=True)], paired.clusters, bound=2 * bound)
 
     own, said = view_of(paired, LOGLIKELIHOOD), view_of(paired, GENERATION)
-    generation = losses(rights_of(paired, GENERATION))
-    primary = losses(rights_of(paired, LOGLIKELIHOOD))
-    inside = losses(rights_of(paired, LOGLIKELIHOOD, said))
-    same_bytes = not any(f"{said} (thinking)" in record.prompts for pair in paired.pairs for record in pair)
+    generation, primary = steps(GENERATION, None), steps(LOGLIKELIHOOD, None)
+    inside = steps(LOGLIKELIHOOD, said)
+    same = same_bytes(paired)
     return Gaps(
         gaps=gaps,
-        hidden=difference(generation, inside) if inside and same_bytes else None,
+        hidden=difference(generation, inside) if inside and same else None,
         protocol=difference(generation, primary),
         view_shift=difference(inside, primary) if inside and own != said else None,
-        one_view=own == said and same_bytes,
+        one_view=own == said and same,
     )

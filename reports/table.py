@@ -8,6 +8,7 @@ from rich.table import Table
 
 SHORT = {"loglikelihood": "LL", "generation": "GEN"}
 NO_SIGNAL = "∅"
+IN_FORMULA = "in formula scores"
 WIDE = 116
 """Columns that the one-line form of the table needs."""
 HEADERS = ("Task", "Mode", "View", "Floor", "Teacher", "Student", "Gap", "Unparsed T / S")
@@ -71,11 +72,17 @@ def lines(result: dict[str, Any]) -> list[Line]:
 
 def _gap_lines(task: dict[str, Any]) -> list[Line]:
     if task["hidden_gap"] is not None:
-        return [Line(("", "GEN − LL", "", "", "", "hidden gap", signed(task["hidden_gap"]), ""), "gap")]
+        return [
+            Line(("", "GEN − LL", "", "", "", "hidden gap", signed(task["hidden_gap"]), ""), "gap"),
+            Line(("", "", "", "", "", IN_FORMULA, signed(task["hidden_gap"]["formula"]), ""), "gap"),
+        ]
     protocol = task["protocol_gap"]
     if protocol is None:
         return []
-    rows = [Line(("", "GEN − LL", "", "", "", "protocol gap", signed(protocol), ""), "gap")]
+    rows = [
+        Line(("", "GEN − LL", "", "", "", "protocol gap", signed(protocol), ""), "gap"),
+        Line(("", "", "", "", "", IN_FORMULA, signed(protocol["formula"]), ""), "gap"),
+    ]
     parts = protocol["parts"]
     if parts["mode"] is not None and parts["view"] is not None:
         view = task["modes"]["generation"]["view"]
@@ -100,13 +107,14 @@ def _overall_lines(overall: dict[str, Any]) -> list[Line]:
         if overall[kind] is not None:
             label = kind.replace("_", " ")
             out.append(Line(("", "GEN − LL", "", "", "", label, signed(overall[kind]), ""), "overall"))
+            out.append(Line(("", "", "", "", "", IN_FORMULA, signed(overall[kind]["formula"]), ""), "overall"))
     return out
 
 
 def caption(result: dict[str, Any]) -> str:
     text = (
         "Accuracy in percent with 95 % intervals; gap = teacher − student in points. Unparsed: replies without one "
-        "readable answer (LL: ties that hold the gold)."
+        "readable answer (LL: ties that hold the gold). Formula scores take chance out: right 1, a guess 0 on average."
     )
     if any(not there for task in result["tasks"] for there in task["signal"].values()):
         text += (

@@ -1,0 +1,123 @@
+"""compare.md's sections on tests, on where the loss comes from, and on how the modes answer."""
+
+from typing import Any
+
+from reports.cells import table_of
+from reports.table import SHORT, percent, signed
+
+
+def why_sections(result: dict[str, Any]) -> list[str]:
+    return [*_tests(result), *_formula(result), *_flows(result), *_answers(result)]
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _tests(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        cells = [(f"loss by {SHORT[mode]}", cell["gap"], cell) for mode, cell in task["modes"].items()]
+        between = task["hidden_gap"] or (task["protocol_gap"] or {}).get("parts", {}).get("mode")
+        if between:
+            cells.append(("hidden gap", between, between))
+        for what, effect, cell in cells:
+            least, needed = cell["detectable"], cell["items_needed"]
+            rows.append(
+                (
+                    task["name"],
+                    what,
+                    signed(effect),
+                    cell["test"]["name"],
+                    p_value(cell["test"]["p"]),
+                    p_value(cell["test"].get("mid_p")),
+                    p_value(cell["test"]["holm_p"]),
+                    "–" if least is None else percent(least),
+                    "–" if needed is None else f"{needed:,}",
+                )
+            )
+    headers = ("Task", "Effect", "Points", "Test", "p", "mid-p", "Holm p", "Detectable", "Items needed")
+    note = (
+        "Two-sided; the exact p decides, mid-p is printed beside it. Holm p: corrected within the losses of each mode "
+        "and within the hidden gaps, over the tasks with signal; all else here is exploratory. Detectable: smallest "
+        "effect in points found with 80 % power on these items. Items needed: to find an effect of the size seen as often."
+    )
+    return ["## Tests, and what could be seen", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def _formula(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        for mode, cell in task["modes"].items():
+            kept = (task["recovery"] or {}).get(mode)
+            formula = cell["formula"]
+            keeps = "–" if kept is None else f"{percent(kept['mean'])} [{_bounds(kept)}]"
+            published = "–" if kept is None else percent(kept["raw"])
+            rows.append(
+                (
+                    task["name"],
+                    SHORT[mode],
+                    signed(formula["teacher"]),
+                    signed(formula["student"]),
+                    signed(formula["gap"]),
+                    keeps + (" ≥ 90" if kept and kept["keeps_90"] else ""),
+                    published,
+                )
+            )
+    note = (
+        "In hundredths of a formula score: 100 is all right, 0 what guessing gives. Kept: the student's score in "
+        "percent of the teacher's [95 % Fieller interval], where the teacher's is above 0 in every mode; ≥ 90 where "
+        "the lower bound says so. Raw S/T: the accuracies' ratio, for comparison with published figures."
+    )
+    headers = ("Task", "Mode", "Teacher", "Student", "Gap", "Kept", "Raw S/T")
+    return ["## Formula scores", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def _bounds(cell: dict[str, Any]) -> str:
+    return ", ".join(percent(bound) for bound in cell["ci95"])
+
+
+def _flows(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        for row in task["flows"] or ():
+            if row["lost"] or row["gained"]:
+                net = {"mean": row["net"], "ci95": row["ci95"]}
+                rows.append((task["name"], row["outcome"], str(row["lost"]), str(row["gained"]), signed(net)))
+    if not rows:
+        return []
+    note = (
+        "Items that the teacher had right and the student has in this outcome (lost), the reverse (gained), and their "
+        "difference in points; the differences of a task add up to its loss by generation."
+    )
+    headers = ("Task", "Outcome", "Lost", "Gained", "Net")
+    return ["## Where generation's loss comes from", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def _answers(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        mass = task["modes"].get("loglikelihood", {}).get("mass") or {}
+        for who, cell in (task["agreement"] or {}).items():
+            kappa = "–" if cell["kappa"] is None else f"{cell['kappa']['mean']:.2f}"
+            weight = mass.get(who)
+            rows.append(
+                (
+                    task["name"],
+                    who,
+                    str(cell["loglikelihood_only"]),
+                    str(cell["generation_only"]),
+                    kappa,
+                    "–" if weight is None else f"{percent(weight['mean'])} [{_bounds(weight)}]",
+                )
+            )
+    if not rows:
+        return []
+    note = (
+        "Items right in one mode only; Cohen's kappa of being right in both; mean probability that the next token is "
+        "one of the choices at all, where each is one token (letters): what is missing went to other tokens."
+    )
+    headers = ("Task", "Model", "Right by LL only", "Right by GEN only", "Kappa", "Mass on the choices")
+    return ["## How the modes agree", table_of(headers, rows, left=2) + f"\n\n{note}"]
