@@ -38,5 +38,6 @@ except ImportError as error:
     raise SystemExit(2) from None
 
 from evalkit.api import compare, load_run, run, tasks  # noqa: E402  (after the check that it depends on)
+from evalkit.api_reports import check, rank  # noqa: E402
 
-__all__ = ["__version__", "compare", "load_run", "run", "tasks"]
+__all__ = ["__version__", "check", "compare", "load_run", "rank", "run", "tasks"]

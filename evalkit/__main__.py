@@ -15,14 +15,15 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 2 wrong usage or input (one line on standard error); EVALKIT_DEBUG=1 shows the traceback."""
+    """Exit codes: 0 done, 2 wrong usage or input (one line on standard error), and `check` adds 1 and 3;
+    EVALKIT_DEBUG=1 shows the traceback."""
     signal.signal(signal.SIGINT, _interrupt)
     # Threads that spin while they wait make torch four times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from evalkit.cli import app
+        from evalkit import cli_reports
 
-        app()
+        cli_reports.app()
     except _Interrupted:
         _say("interrupted; what is scored so far is kept, and the same command goes on from there")
     except (ImportError, ValueError, OSError) as error:

@@ -121,14 +121,14 @@ def compare(
 
     folder = None if out is None else Path(out)
     sides = {"teacher": teacher, "student": student}
-    runs = {who: load_run(side) for who, side in sides.items() if _is_run(side)}
+    runs = {who: load_run(side) for who, side in sides.items() if is_run(side)}
     names: Sequence[str] | str = tasks or DEFAULT_TASKS
     normalisation = options.get("normalisation")
     given = options
     for run_ in runs.values():
         names, options = _as_scored(run_, tasks, given)
     if tasks is None and len(runs) == 1:
-        _need_files(names)
+        need_files(names)
     for who, side in sides.items():
         if who not in runs:
             runs[who] = run(side, names, out=None if folder is None else folder / who, **options)
@@ -163,7 +163,7 @@ def _as_scored(
     return tasks or run_.tasks, {**options, **scored}
 
 
-def _need_files(names: Iterable[str]) -> None:
+def need_files(names: Iterable[str]) -> None:
     """A run's own JSONL tasks can't be scored for another model by name alone; ValueError names the first."""
     import tasks as registered  # noqa: F401
     from evalkit.registry import TASKS
@@ -198,7 +198,7 @@ def load_run(path: Run | str | os.PathLike[str]) -> Run:
     return path if isinstance(path, Run) else read_run(Path(path))
 
 
-def _is_run(value: Any) -> bool:
+def is_run(value: Any) -> bool:
     """A run in memory, or a folder with a run.json (a model folder has a config.json instead)."""
     from evalkit.store import MANIFEST, Run
 

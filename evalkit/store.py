@@ -5,6 +5,7 @@ written to a temporary file, synced and renamed, so nothing is ever half-written
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -260,9 +261,20 @@ def _lines(path: Path) -> Iterator[tuple[bytes, ItemRecord | None, str]]:
                 yield line, None, f"{path}, line {number}: cut off in the middle"
                 continue
             try:
-                yield line, _RECORD.validate_json(line), ""
+                record = _RECORD.validate_json(line)
+                bad = _not_finite(record)
+                yield line, None if bad else record, f"{path}, line {number}: {bad}" if bad else ""
             except ValidationError as error:
                 yield line, None, f"{path}, line {number}: damaged record ({_brief(error)})"
+
+
+def _not_finite(record: ItemRecord) -> str:
+    """What is wrong with a record whose log-probabilities can't be ranked; empty: nothing."""
+    for outcome in record.outcomes:
+        for value in (*outcome.logprobs, *outcome.blind):
+            if not math.isfinite(value):
+                return f"item {record.item} of {record.task!r} has the log-probability {value}"
+    return ""
 
 
 def _same_run(path: Path, old: Manifest, new: Manifest) -> None:

@@ -42,7 +42,8 @@ def _tests(result: dict[str, Any]) -> list[str]:
     note = (
         "Two-sided; the exact p decides, mid-p is printed beside it. Holm p: corrected within the losses of each mode "
         "and within the hidden gaps, over the tasks with signal; all else here is exploratory. Detectable: smallest "
-        "effect in points found with 80 % power on these items. Items needed: to find an effect of the size seen as often."
+        "effect in points found with 80 % power on these items. Items needed: to find an effect of the size "
+        "seen as often."
     )
     return ["## Tests, and what could be seen", table_of(headers, rows, left=2) + f"\n\n{note}"]
 

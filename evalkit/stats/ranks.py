@@ -37,7 +37,12 @@ def ranking(first: Sequence[float], second: Sequence[float], independent: bool =
     found = stats.kendalltau(first, second, variant="b")
     rho = float(stats.spearmanr(first, second).statistic)
     p = float(found.pvalue) if independent and len(first) >= FEWEST else None
-    return Ranking(tau=float(found.statistic), spearman=rho, p=p)
+    return Ranking(tau=_whole(float(found.statistic)), spearman=_whole(rho), p=p)
+
+
+def _whole(value: float) -> float:
+    """Perfect agreement is 1, not 0.9999999999999999, which would be below a ceiling of 1."""
+    return round(value, 12)
 
 
 def tau_within(first: Sequence[float], second: Sequence[float], groups: Sequence[object]) -> tuple[float | None, int]:

@@ -1,0 +1,127 @@
+"""The commands that work on finished runs: rank, check, baseline, audit. None needs torch unless it scores a model."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evalkit import api, api_reports
+from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, console, quiet
+from evalkit.cli import app as app  # the same commands, and those below
+
+OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")]
+TaskNames = Annotated[
+    str | None, typer.Option("--tasks", "-t", help="Comma-separated names.", show_default="all common ones")
+]
+Points = Annotated[
+    float | None, typer.Option(min=0.01, max=99, help="Points of accuracy.", show_default="2, or the file's")
+]
+
+
+@app.command(epilog="Example: `evalkit rank runs/step-1000 runs/step-2000 runs/step-4000 --out rank`")
+def rank(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, one a checkpoint.")],
+    out: OutDir = Path("rank"),
+    tasks: TaskNames = None,
+    json_output: Json = False,
+) -> None:
+    """Does log-likelihood rank the checkpoints as generation does? Writes rank.md and rank.json."""
+    from reports.rank_markdown import rank_table, sentence
+
+    made = api_reports.rank(runs, None if tasks is None else [name for name in tasks.split(",") if name])
+    made.save(out)
+    if json_output:
+        print(json.dumps(made.result, indent=2, ensure_ascii=False))
+        return
+    console.print(sentence(made.result))
+    console.print(rank_table(made.result))
+    console.print(f"Report: {out / 'rank.md'}")
+
+
+@app.command(
+    epilog="Examples: `evalkit check runs/new --baseline baseline.json --margins margins.yaml` · "
+    "`evalkit check ./checkpoint --baseline anchor.json --baseline release.json` · "
+    "`evalkit check --calibrate --baseline runs/old --batch-size 3`"
+)
+def check(
+    baseline: Annotated[list[Path], typer.Option("--baseline", "-b", help="Run folder or baseline file; repeatable.")],
+    new: Annotated[str | None, typer.Argument(help="Run folder, or a model to score as the baseline was.")] = None,
+    margins: Annotated[Path | None, typer.Option(help="YAML with alpha, margins, guardrail.", dir_okay=False)] = None,
+    margin_loglikelihood: Points = None,
+    margin_generation: Points = None,
+    guardrail: Annotated[float | None, typer.Option(min=0.01, max=99, help="Of every task.", show_default="5")] = None,
+    alpha: Annotated[float | None, typer.Option(min=1e-6, max=0.49, help="Error rate.", show_default="0.05")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Flip floor of the baseline against itself.")] = False,
+    out: OutDir = Path("check"),
+    data_dir: DataDir = None,
+    batch_size: BatchSize = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    trust_remote_code: Remote = False,
+    json_output: Json = False,
+) -> None:
+    """Is NEW no worse than the baseline on the same items? Writes check.md, check.json and junit.xml.
+
+    Exit code 0: pass; 1: regression; 2: wrong usage or input; 3: inconclusive, or not comparable.
+    """
+    from reports.gate import exit_code, sentence
+    from reports.gate_output import check_json, read_margins, save_check
+
+    engine = {
+        "data_dir": data_dir,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    if calibrate:
+        _calibrate(baseline, new, out, engine, json_output)
+        return
+    if new is None:
+        raise ValueError("check needs the NEW run or model: evalkit check NEW --baseline RUN")
+    flags = {
+        "loglikelihood": margin_loglikelihood,
+        "generation": margin_generation,
+        "guardrail": guardrail,
+        "alpha": alpha,
+    }
+    limits = read_margins(margins, flags)
+    made, verdicts = api_reports.check(new, baseline, limits, out=out, prepare=quiet, **engine)
+    save_check(out, made, verdicts, limits)
+    if json_output:
+        print(json.dumps(check_json(made, verdicts, limits), indent=2, ensure_ascii=False))
+    else:
+        for verdict in verdicts:
+            console.print(sentence(verdict))
+        console.print(f"Report: {out / 'check.md'}")
+    raise typer.Exit(exit_code(verdicts))
+
+
+def _calibrate(baseline: list[Path], new: str | None, out: Path, engine: dict[str, Any], json_output: bool) -> None:
+    from evalkit.store import write_json, write_text
+    from reports.gate_output import calibration, calibration_markdown
+
+    first, again = api_reports.score_again(baseline, new, out=out, prepare=quiet, **engine)
+    result = calibration(again, first)
+    write_json(out / "calibration.json", result)
+    write_text(out / "calibration.md", calibration_markdown(result))
+    print(json.dumps(result, indent=2)) if json_output else console.print(calibration_markdown(result))
+
+
+baselines = typer.Typer(no_args_is_help=True, help="Baselines for `evalkit check`, small enough for git.")
+app.add_typer(baselines, name="baseline")
+
+
+@baselines.command(epilog="Example: `evalkit baseline update runs/release-3 --file baselines/release.json`")
+def update(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    file: Annotated[Path, typer.Option("--file", "-f", help="The baseline file to write.")],
+    anchor: Annotated[bool, typer.Option("--anchor", help="Pin it: no later update writes over this file.")] = False,
+) -> None:
+    """Make RUN the baseline in FILE; an anchor is never moved."""
+    from reports.baseline import update_baseline
+
+    made = update_baseline(api.load_run(run), file, anchor)
+    told = ", ".join(f"{task.entry.name} ({len(task.items)})" for task in made.tasks)
+    console.print(f"Baseline {file}{' (anchor)' if anchor else ''}: {made.name} on {told}")

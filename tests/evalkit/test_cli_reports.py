@@ -1,0 +1,126 @@
+"""rank, check, baseline as a user types them: exit codes, files, one clear line for bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.evalkit.test_cli import evalkit, in_process
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Path, other_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two scored models, ``one`` and ``two``."""
+    out = tmp_path_factory.mktemp("the runs")
+    for name, model in (("one", tiny_folder), ("two", other_folder)):
+        done = in_process("run", model, "--tasks", "quick", "--limit", 12, "--out", out / name)
+        assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_rank_prints_and_writes(runs: Path, tmp_path: Path) -> None:
+    done = in_process("rank", runs / "one", runs / "two", "--out", tmp_path / "rank")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "rank" / "rank.json").read_text())
+    assert [point["label"] for point in told["checkpoints"]] == ["one", "two"]
+    assert (tmp_path / "rank" / "rank.md").read_text().startswith("# Ranking of 2 checkpoints")
+    again = in_process("rank", runs / "one", runs / "two", "--out", tmp_path / "rank", "--json")
+    assert json.loads(again.stdout) == told
+
+
+def test_check_of_runs_needs_no_torch_and_its_exit_code_is_the_verdict(runs: Path, tmp_path: Path) -> None:
+    done = evalkit("check", runs / "two", "--baseline", runs / "one", "--out", tmp_path / "check")
+    assert done.returncode == 3, done.stderr
+    told = json.loads((tmp_path / "check" / "check.json").read_text())
+    assert told["exit_code"] == 3 and told["verdicts"][0]["sentence"] in " ".join(done.stdout.split())
+    assert (tmp_path / "check" / "junit.xml").exists() and (tmp_path / "check" / "check.md").exists()
+
+
+def test_a_model_is_scored_as_the_baseline_was(runs: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "base.json"
+    assert in_process("baseline", "update", runs / "one", "--file", file).returncode == 0
+    done = in_process("check", tiny_folder, "--baseline", file, "--out", tmp_path / "check", "--json")
+    assert done.returncode == 3, done.stderr
+    [verdict] = json.loads(done.stdout)["verdicts"]
+    assert "The new model is the baseline's model." in verdict["notes"]
+    assert json.loads((tmp_path / "check" / "new" / "run.json").read_text())["settings"]["limit"] == 12
+
+
+def test_calibrate_scores_the_model_again_with_another_batch_size(
+    runs: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    done = in_process(
+        *("check", tiny_folder, "--calibrate", "--baseline", runs / "one", "--batch-size", 3, "--out", tmp_path / "aa")
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "aa" / "calibration.json").read_text())
+    assert [session["batch_size"] for session in told["sessions"]] == [16, 3]
+    assert {cell["mode"]: cell["flips"] for cell in told["cells"]} == {"loglikelihood": 0.0, "generation": 0.0}
+    assert "Flip floor" in (tmp_path / "aa" / "calibration.md").read_text()
+
+
+def test_an_anchor_stays_where_it_is(runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "anchor.json"
+    assert in_process("baseline", "update", runs / "one", "--file", file, "--anchor").returncode == 0
+    before = file.read_bytes()
+    done = in_process("baseline", "update", runs / "two", "--file", file)
+    assert done.returncode == 2 and "is a pinned anchor" in done.stderr and file.read_bytes() == before
+
+
+def bad_inputs(runs: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
+    cut = folder / "cut"
+    shutil.copytree(runs / "two", cut)
+    lines = (cut / "outcomes.jsonl").read_bytes()
+    (cut / "outcomes.jsonl").write_bytes(lines[:-40])
+    old = folder / "old"
+    shutil.copytree(runs / "two", old)
+    manifest = json.loads((old / "run.json").read_text())
+    (old / "run.json").write_text(json.dumps({**manifest, "schema": "evalkit.run/0"}))
+    nan = folder / "nan"
+    shutil.copytree(runs / "two", nan)
+    first, _, rest = (nan / "outcomes.jsonl").read_text().partition("\n")
+    record = json.loads(first)
+    record["outcomes"][0]["logprobs"][0] = float("nan")
+    (nan / "outcomes.jsonl").write_text(json.dumps(record) + "\n" + rest)
+    margins = folder / "margins.yaml"
+    margins.write_text("margin: 2\n")
+    one, out = runs / "one", ["--out", folder / "out"]
+    return {
+        "one checkpoint": (["rank", one, *out], "rank needs at least 2 runs and got 1 (one)"),
+        "cut off": (["rank", one, cut, *out], "line 12: cut off in the middle"),
+        "schema": (["rank", one, old, *out], "has the schema 'evalkit.run/0'; this evalkit reads 'evalkit.run/1'"),
+        "not finite": (["rank", one, nan, *out], "has the log-probability nan"),
+        "not finite in check": (["check", nan, "-b", one, *out], "has the log-probability nan"),
+        "cut baseline": (["check", one, "-b", cut, *out], "cut off in the middle"),
+        "no run": (["rank", one, folder / "nothing", *out], "is not a run: it has no run.json"),
+        "no task": (["rank", one, runs / "two", "--tasks", "piqa", *out], "task 'piqa' is not in all runs"),
+        "no baseline": (["check", one, "-b", folder / "none.json", *out], "there is no baseline"),
+        "folder": (["check", one, "-b", folder, *out], "a folder without run.json"),
+        "no new": (["check", "-b", one, *out], "check needs the NEW run or model"),
+        "no baseline option": (["check", one, *out], "Missing option '--baseline'"),
+        "margins": (["check", one, "-b", one, "--margins", margins, *out], "field 'margin' is 2"),
+        "no margins": (["check", one, "-b", one, "--margins", folder / "none.yaml", *out], "none.yaml"),
+        "negative": (["check", one, "-b", one, "--margin-generation", "-1", *out], "greater than or equal to 0.01"),
+        "calibrate": (["check", runs / "two", "--calibrate", "-b", one, *out], "compares a model with itself"),
+        "baseline folder": (["baseline", "update", one, "--file", folder], "is a folder; name a file"),
+        "not a baseline": (["baseline", "update", one, "--file", runs / "one" / "run.json"], "this evalkit reads"),
+    }
+
+
+def test_bad_input_gets_one_clear_line_and_exit_code_2(runs: Path, tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()}
+    for name, (arguments, told) in bad_inputs(runs, tmp_path).items():
+        done = in_process(*arguments)
+        assert done.returncode == 2, f"{name}: exit code {done.returncode}: {done.stderr}"
+        assert told in " ".join(done.stderr.replace("│", " ").split()), f"{name}: {done.stderr}"
+        assert "Traceback" not in done.stderr, name
+        own = [line for line in done.stderr.splitlines() if line.startswith("evalkit: ")]
+        assert len(own) == 1 or "Usage:" in done.stderr, f"{name}: {done.stderr}"
+        assert not (tmp_path / "out").exists(), f"{name} left files behind"
+    assert {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"]])
+def test_each_command_shows_an_example(command: list[str]) -> None:
+    assert "Example" in in_process(*command, "--help").stdout
