@@ -125,3 +125,40 @@ def update(
     made = update_baseline(api.load_run(run), file, anchor)
     told = ", ".join(f"{task.entry.name} ({len(task.items)})" for task in made.tasks)
     console.print(f"Baseline {file}{' (anchor)' if anchor else ''}: {made.name} on {told}")
+
+
+@app.command(
+    epilog="Example: `evalkit audit runs/teacher runs/student -n 200 --out audit`, then write a label in every row of "
+    "audit/audit.csv, then `evalkit audit --labels audit`"
+)
+def audit(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Teacher's and student's run folders.")] = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="Replies to draw.")] = 200,
+    seed: Annotated[int, typer.Option(help="Another seed draws other replies.")] = 0,
+    labels: Annotated[Path | None, typer.Option(help="Folder of a sheet that holds labels now.")] = None,
+    out: OutDir = Path("audit"),
+    json_output: Json = False,
+) -> None:
+    """How often does extraction err, for each model? Draws replies for a person to label, blind to the model and to
+    what was read from them; --labels reads them back. A label is an option's letter, 'other', or 'none'.
+    """
+    from evalkit.store import write_json, write_text
+    from reports.audit import KEY, RESULT, SHEET, audit_markdown, draw, read_labels, save_sheet, score
+
+    if labels is not None:
+        if runs:
+            raise ValueError("--labels reads a sheet that was drawn before; leave the runs out")
+        result = score(*read_labels(labels))
+        write_json(labels / RESULT, result)
+        write_text(labels / "audit.md", audit_markdown(result))
+        print(json.dumps(result, indent=2)) if json_output else console.print(audit_markdown(result))
+        return
+    if not runs or len(runs) != 2:
+        raise ValueError(f"audit needs two runs, the teacher's and the student's, and got {len(runs or ())}")
+    rows, key = draw(api.load_run(runs[0]), api.load_run(runs[1]), number, seed)
+    save_sheet(out, rows, key)
+    if json_output:
+        print(json.dumps({"drawn": len(rows), "strata": key["strata"]}, indent=2))
+    else:
+        console.print(f"{len(rows)} replies in {out / SHEET}. Label them without looking at {KEY}, then:")
+        console.print(f"evalkit audit --labels {out}")

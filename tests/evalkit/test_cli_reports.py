@@ -1,5 +1,6 @@
 """rank, check, baseline as a user types them: exit codes, files, one clear line for bad input."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -60,6 +61,23 @@ def test_calibrate_scores_the_model_again_with_another_batch_size(
     assert "Flip floor" in (tmp_path / "aa" / "calibration.md").read_text()
 
 
+def test_audit_draws_and_reads_back(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "audit"
+    done = in_process("audit", runs / "one", runs / "two", "-n", 8, "--out", out)
+    assert done.returncode == 0 and "8 replies" in done.stdout, done.stderr
+    again = in_process("audit", runs / "one", runs / "two", "-n", 8, "--out", out)
+    assert again.returncode == 2 and "may hold labels" in again.stderr
+    with open(out / "audit.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(out / "audit.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "label": "none"} for row in rows)
+    read = in_process("audit", "--labels", out)
+    assert read.returncode == 0 and "8 of 8 drawn replies are labelled" in read.stdout, read.stderr
+    assert json.loads((out / "audit.json").read_text())["tasks"][0]["corrected_gap"]
+
+
 def test_an_anchor_stays_where_it_is(runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "anchor.json"
     assert in_process("baseline", "update", runs / "one", "--file", file, "--anchor").returncode == 0
@@ -103,6 +121,10 @@ def bad_inputs(runs: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "no margins": (["check", one, "-b", one, "--margins", folder / "none.yaml", *out], "none.yaml"),
         "negative": (["check", one, "-b", one, "--margin-generation", "-1", *out], "greater than or equal to 0.01"),
         "calibrate": (["check", runs / "two", "--calibrate", "-b", one, *out], "compares a model with itself"),
+        "audit of one": (["audit", one, *out], "audit needs two runs, the teacher's and the student's, and got 1"),
+        "audit without a sheet": (["audit", "--labels", folder / "none"], "draw a sample first"),
+        "audit both": (["audit", one, one, "--labels", folder], "leave the runs out"),
+        "audit cut": (["audit", one, cut, *out], "cut off in the middle"),
         "baseline folder": (["baseline", "update", one, "--file", folder], "is a folder; name a file"),
         "not a baseline": (["baseline", "update", one, "--file", runs / "one" / "run.json"], "this evalkit reads"),
     }
@@ -121,6 +143,6 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(runs: Path, tmp_path: Pat
     assert {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"]])
+@pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"], ["audit"]])
 def test_each_command_shows_an_example(command: list[str]) -> None:
     assert "Example" in in_process(*command, "--help").stdout
