@@ -47,6 +47,7 @@ Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Send prompts throu
 System = Annotated[str, typer.Option(help="System prompt (needs --chat).")]
 Thinking = Annotated[str, typer.Option(help="Thinking block: on, off or budget=N tokens (needs --chat).")]
 Shuffle = Annotated[int | None, typer.Option("--shuffle-seed", help="Shuffle every item's options with this seed.")]
+Permutations = Annotated[int, typer.Option(min=1, help="Orders of each item's options to score; 4 is usual.")]
 Norm = Annotated[
     Normalisation | None,
     typer.Option("--normalisation", help="Of log-likelihood.", show_default="the task's"),
@@ -80,6 +81,7 @@ def _scoring_options(
     system: System = "",
     thinking: Thinking = "off",
     shuffle_seed: Shuffle = None,
+    permutations: Permutations = 1,
     normalisation: Norm = None,
     rules: RuleSet = "lenient",
     max_tokens: MaxTokens = None,

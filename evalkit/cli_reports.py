@@ -162,3 +162,18 @@ def audit(
     else:
         console.print(f"{len(rows)} replies in {out / SHEET}. Label them without looking at {KEY}, then:")
         console.print(f"evalkit audit --labels {out}")
+
+
+@app.command(epilog="Example: `evalkit explain compare`")
+def explain(
+    folder: Annotated[Path, typer.Argument(help="Folder of a comparison.")],
+    json_output: Json = False,
+) -> None:
+    """One page in plain sentences on a comparison: verdict, figures, why, where, and what can't be concluded."""
+    from evalkit.store import write_text
+    from reports.explain import explain as page
+    from reports.explain import read_comparison
+
+    text = page(*read_comparison(folder), str(folder))
+    write_text(folder / "explain.md", text)
+    print(json.dumps({"page": text})) if json_output else console.print(text)

@@ -72,6 +72,7 @@ def select(task: Task, settings: Settings, data_dir: Path | None) -> Selection:
     seed = settings.shuffle_seed if settings.shuffle_seed is not None else (0 if task.shuffle else None)
     if seed is not None:
         items, pool = ([shuffled(item, seed) for item in group] for group in (items, pool))
+    items = [turned for item in items for turned in rotations(item, settings.permutations)]
     return Selection(items=tuple(items), pool=tuple(pool), shots=shots, by_stratum=task.shots_by_stratum)
 
 
@@ -95,3 +96,24 @@ def shuffled(item: Item, seed: int) -> Item:
     """``item`` with its options in an order drawn from its id and ``seed``."""
     order = sorted(range(len(item.choices)), key=lambda i: digest("options", seed, item.id, i))
     return replace(item, choices=tuple(item.choices[i] for i in order), gold=order.index(item.gold))
+
+
+def rotations(item: Item, number: int) -> list[Item]:
+    """``item`` with its options rotated 0, 1, ... places: in as many orders as it has options every option stands once
+    in every place. At most ``number`` of them, and no more than there are options. They share the item's cluster."""
+    n = len(item.choices)
+    turned = [
+        replace(
+            item,
+            id=f"{item.id}{TURNED}{k}" if k else item.id,
+            choices=item.choices[k:] + item.choices[:k],
+            gold=(item.gold - k) % n,
+            cluster=item.cluster or item.id,
+        )
+        for k in range(min(number, n))
+    ]
+    return turned if number > 1 else [item]
+
+
+TURNED = "~"
+"""Stands in a rotated item's id between the item's own and the places it was rotated by."""

@@ -29,6 +29,8 @@ class Settings(BaseModel):
     """"off", "on" (at most 4,096 tokens, an unfinished block is truncated) or "budget=N" (closed after N)."""
     shuffle_seed: int | None = None
     """Shuffle every item's options with this seed."""
+    permutations: Annotated[int, Field(ge=1)] = 1
+    """Every item in so many orders of its options, each option in another place each time; they are one cluster."""
     limit: Annotated[int, Field(ge=1)] | None = None
     """Items a task, the same for every model: those with the lowest hash."""
     normalisation: Normalisation | None = None

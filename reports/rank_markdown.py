@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from reports.cells import inline, table_of
+from reports.checkpoints import PRIMARY
 from reports.table import NO_SIGNAL, percent
 from reports.why_markdown import p_value
 
@@ -59,8 +60,10 @@ def sentence(result: dict[str, Any]) -> str:
     )
     chosen = overall["chosen"]
     if chosen and chosen["tau_reported"] is not None:
+        kind = chosen["normalisation"]
+        which = "each task's own normalisation" if kind == PRIMARY else f"normalisation {kind}"
         text += (
-            f" On one half of the items normalisation {chosen['normalisation']} predicts generation best; on the other "
+            f" On one half of the items {which} predicts generation best; on the other "
             f"half its tau is {chosen['tau_reported']:.2f}."
         )
     return text

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode, Outcome
+from evalkit.selection import TURNED
 from evalkit.stats.agreement import flips, histogram, kappa
 from evalkit.stats.clustered import FEW, mean_error, sums, wild_bootstrap
 from evalkit.stats.flows import net_flows
-from evalkit.stats.intervals import Interval, mean_t
+from evalkit.stats.intervals import Interval, mean_t, wilson
 from evalkit.stats.mass import masses
 from evalkit.stats.paired_tests import holm, mcnemar, sign_flip
 from evalkit.stats.power import detectable_loss, detectable_mean, items_for_loss, items_for_mean
@@ -154,7 +155,33 @@ def answers(paired: Paired, mode: Mode) -> dict[str, Any]:
     if mode == LOGLIKELIHOOD:
         weight = [_mass([pair[side] for pair in outcomes]) for side in (0, 1)]
         found["mass"] = dict(zip(("teacher", "student"), weight, strict=True)) if any(weight) else None
+    turned = [consistency(paired, mode, side) for side in (0, 1)]
+    found["permutations"] = dict(zip(("teacher", "student"), turned, strict=True)) if all(turned) else None
     return found
+
+
+def consistency(paired: Paired, mode: Mode, side: int) -> dict[str, Any] | None:
+    """Of the items scored in several orders of their options, the share whose answer is the same text in all of them,
+    and the accuracy in each order (how many places the options were rotated by); None: one order only."""
+    picked: dict[str, list[tuple[int, str | None, bool]]] = {}
+    for pair, outcomes in zip(paired.pairs, outcomes_of(paired, mode), strict=False):
+        base, mark, turn = pair[side].item.partition(TURNED)
+        chosen = outcomes[side].choice
+        text = None if chosen is None else pair[side].choices[chosen]
+        picked.setdefault(base, []).append((int(turn) if mark else 0, text, outcomes[side].outcome == "correct"))
+    several = [found for found in picked.values() if len(found) > 1]
+    if not several:
+        return None
+    same = sum(len({text for _, text, _ in found}) == 1 and found[0][1] is not None for found in several)
+    orders: dict[int, list[bool]] = {}
+    for found in several:
+        for place, _, right in found:
+            orders.setdefault(place, []).append(right)
+    return {
+        "items": len(several),
+        "same": plain(wilson(same, len(several))),
+        "accuracy": [sum(rights) / len(rights) for _, rights in sorted(orders.items())],
+    }
 
 
 def _mass(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from reports.table import SHORT, percent, signed
 
 
 def why_sections(result: dict[str, Any]) -> list[str]:
-    return [*_tests(result), *_formula(result), *_flows(result), *_answers(result)]
+    return [*_tests(result), *_formula(result), *_flows(result), *_answers(result), *_permutations(result)]
 
 
 def p_value(p: float | None) -> str:
@@ -122,3 +122,20 @@ def _answers(result: dict[str, Any]) -> list[str]:
     )
     headers = ("Task", "Model", "Right by LL only", "Right by GEN only", "Kappa", "Mass on the choices")
     return ["## How the modes agree", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def _permutations(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        for mode, cell in task["modes"].items():
+            for who, found in (cell["permutations"] or {}).items():
+                same = f"{percent(found['same']['mean'])} [{_bounds(found['same'])}]"
+                orders = ", ".join(percent(share) for share in found["accuracy"])
+                rows.append((task["name"], SHORT[mode], who, str(found["items"]), same, orders))
+    if not rows:
+        return []
+    note = (
+        "Percent of items answered with the same text in every order of the options [95 % interval]; accuracy by order."
+    )
+    headers = ("Task", "Mode", "Model", "Items", "Same answer", "Accuracy by order")
+    return ["## Orders of the options", table_of(headers, rows, left=3) + f"\n\n{note}"]

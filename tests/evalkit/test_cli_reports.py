@@ -78,6 +78,14 @@ def test_audit_draws_and_reads_back(runs: Path, tmp_path: Path) -> None:
     assert json.loads((out / "audit.json").read_text())["tasks"][0]["corrected_gap"]
 
 
+def test_explain_prints_and_keeps_one_page(runs: Path, tmp_path: Path) -> None:
+    assert in_process("compare", runs / "one", runs / "two", "--out", tmp_path).returncode == 0
+    done = in_process("explain", tmp_path)
+    assert done.returncode == 0 and "## Verdict" in done.stdout, done.stderr
+    told = json.loads(in_process("explain", tmp_path, "--json").stdout)["page"]
+    assert told == (tmp_path / "explain.md").read_text()
+
+
 def test_an_anchor_stays_where_it_is(runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "anchor.json"
     assert in_process("baseline", "update", runs / "one", "--file", file, "--anchor").returncode == 0
@@ -121,6 +129,8 @@ def bad_inputs(runs: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
         "no margins": (["check", one, "-b", one, "--margins", folder / "none.yaml", *out], "none.yaml"),
         "negative": (["check", one, "-b", one, "--margin-generation", "-1", *out], "greater than or equal to 0.01"),
         "calibrate": (["check", runs / "two", "--calibrate", "-b", one, *out], "compares a model with itself"),
+        "explain a run": (["explain", one], "is one run; explain needs a comparison"),
+        "explain nothing": (["explain", folder / "nothing"], "is no comparison: it has no compare.json"),
         "audit of one": (["audit", one, *out], "audit needs two runs, the teacher's and the student's, and got 1"),
         "audit without a sheet": (["audit", "--labels", folder / "none"], "draw a sample first"),
         "audit both": (["audit", one, one, "--labels", folder], "leave the runs out"),
@@ -143,6 +153,6 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(runs: Path, tmp_path: Pat
     assert {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"], ["audit"]])
+@pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"], ["audit"], ["explain"]])
 def test_each_command_shows_an_example(command: list[str]) -> None:
     assert "Example" in in_process(*command, "--help").stdout

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from evalkit.records import Item
 from evalkit.registry import Task
-from evalkit.selection import Selection, digest, lowest, select, shuffled
+from evalkit.selection import Selection, digest, lowest, rotations, select, shuffled
 from evalkit.settings import Settings
 
 
@@ -242,3 +242,15 @@ def test_the_hash_is_pinned() -> None:
     """Changing it would change the items of every published run."""
     assert digest("a", 1) == 9484037261928657086  # the first 8 bytes of SHA-256 of b"a\x1f1"
     assert ids(lowest(items(100), 5, "limit made")) == ["item-019", "item-047", "item-063", "item-074", "item-097"]
+
+
+def test_permutations_put_every_option_in_every_place_once_and_share_a_cluster() -> None:
+    item = Item(id="i", question="q?", choices=("a", "b", "c", "d"), gold=1)
+    turned = rotations(item, 4)
+    assert [x.id for x in turned] == ["i", "i~1", "i~2", "i~3"] and {x.cluster for x in turned} == {"i"}
+    assert {x.answer for x in turned} == {"b"} and sorted(x.gold for x in turned) == [0, 1, 2, 3]
+    for place in range(4):
+        assert {x.choices[place] for x in turned} == {"a", "b", "c", "d"}
+    assert rotations(item, 1) == [item] and len(rotations(item, 9)) == 4
+    passage = Item(id="i", question="q?", choices=("a", "b"), gold=0, cluster="passage")
+    assert {x.cluster for x in rotations(passage, 2)} == {"passage"}

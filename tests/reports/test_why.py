@@ -177,3 +177,24 @@ def test_every_figure_is_a_number_that_json_holds(tmp_path: Path) -> None:
     made.save(tmp_path)
     assert "NaN" not in (tmp_path / "compare.json").read_text()
     assert "Infinity" not in json.dumps(made.result)
+
+
+def test_answers_that_change_with_the_order_of_the_options_are_counted(tiny_folder: Path) -> None:
+    import evalkit as ek
+
+    run = ek.run(tiny_folder, ["quick"], limit=6, view="letters", permutations=4)
+    assert len(run.records("quick")) == 24 and len({r.cluster for r in run.records("quick").values()}) == 6
+    [task] = ek.compare(run, run).result["tasks"]
+    assert task["clusters"] == 6
+    for cell in task["modes"].values():
+        found = cell["permutations"]["teacher"]
+        assert found["items"] == 6 and len(found["accuracy"]) == 4
+        assert sum(found["accuracy"]) / 4 == pytest.approx(cell["teacher"]["accuracy"])
+    same = task["modes"][LOGLIKELIHOOD]["permutations"]["teacher"]["same"]["mean"]
+    by_item: dict[str, set[str]] = {}
+    for record in run.records("quick").values():
+        outcome = record.outcome(LOGLIKELIHOOD, "letters")
+        assert outcome is not None and outcome.choice is not None
+        by_item.setdefault(record.cluster, set()).add(record.choices[outcome.choice])
+    assert same == pytest.approx(sum(len(texts) == 1 for texts in by_item.values()) / 6)
+    assert "## Orders of the options" in ek.compare(run, run).to_markdown()
