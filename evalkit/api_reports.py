@@ -86,3 +86,80 @@ def _score_as(
     mode = "both" if len(modes) == 2 else modes[0]
     where = None if out is None else Path(out) / folder
     return run(model, names, mode=mode, out=where, progress=where is not None, **options, **engine)
+
+
+def bridge(
+    teacher: Any,
+    student: Any,
+    tasks: Sequence[str] | None = None,
+    *,
+    models: tuple[Any, Any] | None = None,
+    **engine: Any,
+) -> dict[str, Any]:
+    """Bridge cells of two finished runs in view ``cot``: what is lost in reading out, in rolling out, and in saying.
+
+    models: the teacher's and the student's model where the runs' own names do not find them; engine: batch_size, dtype,
+    device, trust_remote_code. Both are loaded one after the other. ValueError: other models than the runs scored, or
+    runs that were not asked for a chain of thought.
+    """
+    from evalkit.bridge import VIEW, reasoning, rights_after
+    from evalkit.encoding import Encoder
+    from evalkit.engines.hf import HFEngine
+    from evalkit.records import GENERATION
+    from models.load import load
+    from reports.bridge import SCHEMA, bridge_cells
+    from reports.pairing import check_settings, pair
+
+    runs = (load_run(teacher), load_run(student))
+    check_settings(*runs)
+    settings = runs[0].manifest.settings
+    if settings.thinking != "off":
+        raise ValueError(
+            "bridge cells need the reasoning in the reply, not in a thinking block; score with thinking off"
+        )
+    common = [name for name in runs[0].tasks if name in runs[1].tasks and (tasks is None or name in tasks)]
+    names = [name for name in common if runs[0].manifest.entry(name).generation == VIEW]
+    if not names:
+        raise ValueError(f"no common task was generated in view {VIEW!r}; score both runs with --view {VIEW}")
+    paired = {name: pair(*runs, name) for name in names}
+    batch_size = engine.pop("batch_size", None)
+    rights: list[dict[str, dict[str, list[bool]]]] = []
+    for side, run_ in enumerate(runs):
+        model = run_.manifest.model
+        loaded = load(str(models[side] if models else model.name), **engine)
+        if loaded.identity != model.fingerprint:
+            raise ValueError(
+                f"{loaded.name} ({loaded.identity}) is not the model that was scored ({model.fingerprint})"
+            )
+        hf = HFEngine(loaded.model, loaded.tokenizer, batch_size=batch_size)
+        encoder = Encoder(hf.tokenizer, chat=settings.chat, system=settings.system)
+        found: dict[str, dict[str, list[bool]]] = {}
+        for name, both in paired.items():
+            entry, own = run_.manifest.entry(name), [pair_[side] for pair_ in both.pairs]
+            thoughts = {"own": [reasoning(record) for record in own]}
+            if side:
+                thoughts["given"] = [reasoning(t) for t, _ in both.pairs]
+            found[name] = {kind: rights_after(own, told, entry, encoder, hf) for kind, told in thoughts.items()}
+            outcomes = [record.outcome(GENERATION, VIEW) for record in own]
+            found[name]["said"] = [outcome is not None and outcome.outcome == "correct" for outcome in outcomes]
+        rights.append(found)
+        del loaded, hf  # the second model may need the room
+    return {
+        "schema": SCHEMA,
+        "teacher": runs[0].manifest.model.name,
+        "student": runs[1].manifest.model.name,
+        "tasks": [
+            {
+                "name": name,
+                **bridge_cells(
+                    teacher_own=rights[0][name]["own"],
+                    teacher_said=rights[0][name]["said"],
+                    student_given=rights[1][name]["given"],
+                    student_own=rights[1][name]["own"],
+                    student_said=rights[1][name]["said"],
+                    clusters=both.clusters,
+                ),
+            }
+            for name, both in paired.items()
+        ],
+    }

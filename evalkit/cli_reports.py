@@ -177,3 +177,30 @@ def explain(
     text = page(*read_comparison(folder), str(folder))
     write_text(folder / "explain.md", text)
     print(json.dumps({"page": text})) if json_output else console.print(text)
+
+
+@app.command(epilog="Example: `evalkit bridge runs/teacher runs/student --out bridge`, of runs with --view cot")
+def bridge(
+    teacher: Annotated[Path, typer.Argument(help="The teacher's run, scored with --view cot.")],
+    student: Annotated[Path, typer.Argument(help="The student's run, scored alike.")],
+    out: OutDir = Path("bridge"),
+    tasks: TaskNames = None,
+    batch_size: BatchSize = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    trust_remote_code: Remote = False,
+    json_output: Json = False,
+) -> None:
+    """Where a chain of thought loses: in reading the answer out of the same reasoning, in rolling the reasoning out, or
+    in saying the answer. Loads both models; writes bridge.md and bridge.json."""
+    from evalkit.store import write_json, write_text
+    from reports.bridge import bridge_markdown
+
+    quiet()
+    chosen = None if tasks is None else [name for name in tasks.split(",") if name]
+    engine: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device}
+    engine["trust_remote_code"] = trust_remote_code
+    result = api_reports.bridge(teacher, student, chosen, **engine)
+    write_json(out / "bridge.json", result)
+    write_text(out / "bridge.md", bridge_markdown(result))
+    print(json.dumps(result, indent=2)) if json_output else console.print(bridge_markdown(result))
