@@ -1,4 +1,4 @@
-"""Baselines: what a gate needs of a run, small enough for git (about 15 bytes an item)."""
+"""Baselines: what a gate needs of a run, small enough for git (about 20 bytes an item)."""
 
 import json
 from collections.abc import Sequence

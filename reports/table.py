@@ -113,8 +113,9 @@ def _overall_lines(overall: dict[str, Any]) -> list[Line]:
 
 def caption(result: dict[str, Any]) -> str:
     text = (
-        "Accuracy in percent with 95 % intervals; gap = teacher − student in points. Unparsed: replies without one "
-        "readable answer (LL: ties that hold the gold). Formula scores take chance out: right 1, a guess 0 on average."
+        "Accuracy in percent with 95 % intervals (these checkpoints, new items); gap = teacher − student in points. "
+        "Unparsed: replies without one readable answer (LL: ties that hold the gold). Formula scores take chance out: "
+        "right 1, a guess 0 on average."
     )
     if any(not there for task in result["tasks"] for there in task["signal"].values()):
         text += (

@@ -30,7 +30,7 @@ def _tests(result: dict[str, Any]) -> list[str]:
                     task["name"],
                     what,
                     signed(effect),
-                    cell["test"]["name"],
+                    cell["test"]["name"] + _wild(cell),
                     p_value(cell["test"]["p"]),
                     p_value(cell["test"].get("mid_p")),
                     p_value(cell["test"]["holm_p"]),
@@ -46,6 +46,14 @@ def _tests(result: dict[str, Any]) -> list[str]:
         "seen as often."
     )
     return ["## Tests, and what could be seen", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def _wild(cell: dict[str, Any]) -> str:
+    """Under 40 clusters: the wild bootstrap's interval, beside CR2's in the column of points."""
+    if "wild_ci95" not in cell:
+        return ""
+    low, high = cell["wild_ci95"]
+    return f"; wild bootstrap [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _formula(result: dict[str, Any]) -> list[str]:

@@ -86,8 +86,8 @@ def mean_t(
     ``clusters``: items that share a name are not independent; the error is then CR2's with Satterthwaite's degrees of
     freedom. Where fewer than 20 items (fewer still with few clusters, whose t is wide anyway; clustered items count for
     less) differ from the commonest value, t covers as little as 84 % at 95 %, and the interval is widened to the score
-    interval's. Where all values are equal nothing can be estimated of their spread; the interval then allows for the
-    share of unseen items that could differ, 1 - (1 - level)^(1/n), by ``bound`` each.
+    interval's. Where all values, or all clusters, are alike nothing can be estimated of their spread; the interval then
+    allows for the share of unseen ones that could differ, 1 - (1 - level)^(1/n), by ``bound`` each.
     """
     n = len(values)
     if n == 0:
@@ -98,7 +98,7 @@ def mean_t(
     if error.df == 0:
         return Interval(mean=mean, low=-bound, high=bound, n=n)
     distinct, counts = np.unique(x, return_counts=True)
-    if len(distinct) == 1:
+    if error.se <= 1e-12 * bound:
         unseen = bound * (1 - (1 - level) ** (1 / error.clusters))
         return Interval(mean=mean, low=max(-bound, mean - unseen), high=min(bound, mean + unseen), n=n)
     half = critical(error.df, level) * error.se

@@ -88,8 +88,10 @@ def test_clusters_get_a_sign_flip_test_and_a_wild_bootstrap() -> None:
     clusters = [str(i // 10) for i in range(200)]
     teacher = make_run(repeated((200, RIGHT)), clusters=clusters)
     student = make_run(repeated((50, LL_ONLY), (150, RIGHT)), clusters=clusters)
-    [task] = Comparison(teacher, student).result["tasks"]
+    made = Comparison(teacher, student)
+    [task] = made.result["tasks"]
     cell = task["modes"][GENERATION]
+    assert "cluster sign-flip; wild bootstrap [" in made.to_markdown()
     assert task["clusters"] == 20 and cell["test"]["name"] == "cluster sign-flip"
     assert cell["test"]["p"] == pytest.approx(2 / 2**5), "five clusters lost all, fifteen nothing"
     low, high = cell["wild_ci95"]

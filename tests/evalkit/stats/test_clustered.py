@@ -100,3 +100,10 @@ def test_a_z_interval_would_miss_with_four_uneven_clusters() -> None:
         ours.append(found.low <= 0 <= found.high)
     assert np.mean(plain) < 0.8
     assert np.mean(ours) >= 0.91
+
+
+def test_clusters_that_are_all_alike_still_leave_doubt() -> None:
+    """A model that always picks the first option is right in one of four rotations of every item."""
+    found = mean_t([1.0, 0.0, 0.0, 0.0] * 30, [str(i // 4) for i in range(120)])
+    unseen = 1 - 0.05 ** (1 / 30)
+    assert (found.low, found.high) == pytest.approx((0.25 - unseen, 0.25 + unseen))
