@@ -5,7 +5,8 @@ from typing import Any
 
 from evalkit.records import VERDICTS
 from evalkit.stats.intervals import wilson
-from reports.cells import inline, table_of
+from reports.cells import inline as _inline
+from reports.cells import table_of as _table
 from reports.table import HEADERS, SHORT, caption, lines, percent, signed
 from reports.why_markdown import why_sections
 
@@ -13,7 +14,7 @@ from reports.why_markdown import why_sections
 def compare_markdown(result: dict[str, Any]) -> str:
     teacher, student = result["teacher"], result["student"]
     parts = [
-        f"# {inline(teacher['name'])} against {inline(student['name'])}",
+        f"# {_inline(teacher['name'])} against {_inline(student['name'])}",
         sentence(result),
         _main_table(result),
         caption(result),
@@ -26,7 +27,7 @@ def compare_markdown(result: dict[str, Any]) -> str:
         *_strata_section(result),
     ]
     if result["notes"]:
-        parts += ["## Notes", "\n".join(f"* {inline(note)}" for note in result["notes"])]
+        parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in result["notes"])]
     parts += ["## What was compared", _provenance(result)]
     return "\n\n".join(parts) + "\n"
 
@@ -70,7 +71,7 @@ def _over(tasks: Sequence[str]) -> str:
 
 
 def _main_table(result: dict[str, Any]) -> str:
-    return table_of(HEADERS, [line.cells for line in lines(result)], left=3)
+    return _table(HEADERS, [line.cells for line in lines(result)], left=3)
 
 
 def _outcome_table(result: dict[str, Any]) -> str:
@@ -86,7 +87,7 @@ def _outcome_table(result: dict[str, Any]) -> str:
                 of_read = "–" if parsed is None else f"{percent(parsed['accuracy'])} (n = {parsed['n']})"
                 rows.append((task["name"], SHORT[mode], who, *rates, of_read))
     note = "Percent of items [95 % Wilson interval]; the last column is the accuracy over items with a readable answer."
-    return table_of(("Task", "Mode", "Model", *VERDICTS, "of the read"), rows, left=3) + f"\n\n{note}"
+    return _table(("Task", "Mode", "Model", *VERDICTS, "of the read"), rows, left=3) + f"\n\n{note}"
 
 
 def _rate(count: int, total: int) -> str:
@@ -107,7 +108,7 @@ def _floor_table(result: dict[str, Any]) -> str:
         "question; constant: always the commonest answer. Signal: the teacher's lower bound is above its highest floor "
         "on a fixed half of the items (on all of them where a half would be under 20)."
     )
-    return table_of(("Task", "Mode", "Model", "Floors", "Lower bound", "Signal"), rows, left=4) + f"\n\n{note}"
+    return _table(("Task", "Mode", "Model", "Floors", "Lower bound", "Signal"), rows, left=4) + f"\n\n{note}"
 
 
 def _loglikelihood_section(result: dict[str, Any]) -> list[str]:
@@ -120,7 +121,7 @@ def _loglikelihood_section(result: dict[str, Any]) -> list[str]:
                 mark = " (primary)" if name == cell["normalisation"] else ""
                 gap = f"{100 * (both['teacher'] - both['student']):+.1f}"
                 rows.append((task["name"], name + mark, percent(both["teacher"]), percent(both["student"]), gap))
-    table = table_of(("Task", "Normalisation", "Teacher", "Student", "Gap"), rows, left=2)
+    table = _table(("Task", "Normalisation", "Teacher", "Student", "Gap"), rows, left=2)
     return ["## Log-likelihood under each normalisation", table] if rows else []
 
 
@@ -139,7 +140,7 @@ def _strata_section(result: dict[str, Any]) -> list[str]:
             )
             for row in task["strata"]["rows"]
         ]
-        parts += [f"### {inline(task['name'])}", table_of(headers, rows)]
+        parts += [f"### {_inline(task['name'])}", _table(headers, rows)]
     return ["## By stratum", "Accuracy in percent, exploratory.", *parts] if parts else []
 
 
@@ -150,14 +151,14 @@ def _provenance(result: dict[str, Any]) -> str:
         size = f"{model['parameters'] / 1e6:,.1f}M parameters, " if model["parameters"] else ""
         made = f" Made as: {model['note']}." if model["note"] else ""
         out.append(
-            f"* {who.capitalize()}: {inline(model['name'])}, {size}{model['dtype']} on {model['device']}, "
-            f"fingerprint `{model['fingerprint']}`.{inline(made)}"
+            f"* {who.capitalize()}: {_inline(model['name'])}, {size}{model['dtype']} on {model['device']}, "
+            f"fingerprint `{model['fingerprint']}`.{_inline(made)}"
         )
     settings = {name: value for name, value in result["settings"].items() if value not in (None, "", False)}
     told = ", ".join(f"{name} {', '.join(v) if isinstance(v, list) else v}" for name, v in settings.items())
-    out.append(f"* Settings: {inline(told)}.")
+    out.append(f"* Settings: {_inline(told)}.")
     tasks = [f"{t['name']} (version {t['version']}, {t['n']} items, {t['shots']} shots)" for t in result["tasks"]]
-    out.append(f"* Tasks: {inline('; '.join(tasks))}.")
+    out.append(f"* Tasks: {_inline('; '.join(tasks))}.")
     versions = result["teacher"]["versions"]
     out.append(f"* Software: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     return "\n".join(out)
