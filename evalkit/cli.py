@@ -102,7 +102,7 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        quiet()
+        _quiet()
         # What the user left out is left out here too: the API takes a run's own, or its defaults.
         untouched = [p.name for p in shared if values[p.name] == p.default]
         values = {name: value for name, value in values.items() if name not in untouched}
@@ -164,7 +164,7 @@ def demo(
     json_output: Json = False,
 ) -> None:
     """Compare the built-in model with a pruned copy of itself on embedded tasks: no download, no GPU."""
-    quiet()
+    _quiet()
     from models.load import load
     from models.prune import save_pruned
 
@@ -249,7 +249,7 @@ def _print_comparison(made: Any, out: Path, json_output: bool) -> None:
     console.print(terminal_table(made.result, console.width))
 
 
-def quiet() -> None:
+def _quiet() -> None:
     """Other libraries' bars and chatter would break ours; EVALKIT_DEBUG=1 lets them through."""
     if os.environ.get("EVALKIT_DEBUG"):
         return

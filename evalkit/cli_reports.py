@@ -1,4 +1,4 @@
-"""The commands that work on finished runs: rank, check, baseline, audit. None needs torch unless it scores a model."""
+"""The commands on finished runs: rank, check, baseline, audit, explain, bridge. Only scoring a model needs torch."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from evalkit import api, api_reports
-from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, console, quiet
+from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, console
+from evalkit.cli import _quiet as quiet
 from evalkit.cli import app as app  # the same commands, and those below
 
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")]
