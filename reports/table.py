@@ -8,7 +8,7 @@ from rich.table import Table
 
 SHORT = {"loglikelihood": "LL", "generation": "GEN"}
 NO_SIGNAL = "∅"
-IN_FORMULA = "in formula scores"
+IN_FORMULA = "in formula"
 WIDE = 116
 """Columns that the one-line form of the table needs."""
 HEADERS = ("Task", "Mode", "View", "Floor", "Teacher", "Student", "Gap", "Unparsed T / S")

@@ -325,6 +325,8 @@ def no_positions(tokenizer: Any) -> Any:
     return model
 
 
+# A custom model written before transformers 5.24 passes the cache on under its older name.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_a_model_without_positions_gives_the_same_replies(no_positions: Any, tokenizer: Any) -> None:
     requests = mixed_requests(tokenizer)
     expected = answers(HFEngine(tiny_gpt2(len(tokenizer)), tokenizer, batch_size=1), requests)
