@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import models.hybrid  # noqa: F401  # tells transformers of hybrids, so that their folders load
 from models.builtin import BUILTIN
 from models.fingerprint import fingerprint
 
