@@ -1,0 +1,80 @@
+"""How tokens fall into chunks, and chunks into segments: small integer tables that every kernel reads.
+
+Sequences of any length lie one behind the other in one flat list of tokens, a batch [B, T] as B sequences of T. A
+sequence is cut into chunks of C tokens (its last one shorter), and its chunks into segments: runs of chunks that are
+scanned at the same time, because a segment is an affine map of the state (see forward.py).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Tables are int32 and lie on the inputs' device."""
+
+    sequences: int
+    chunks: Tensor
+    """[chunks, 2]: first token, number of tokens."""
+    segments: Tensor
+    """[segments, 5]: sequence, first chunk, number of chunks, 1 if it begins its sequence, 1 if it ends it."""
+    jobs: Tensor
+    """[jobs, 2]: segment and part of a map to compute; part 0 is the state that it makes of its first (zero unless it
+    begins the sequence), part 1 the matrix it multiplies a state by. None for a sequence's last segment."""
+    spans: Tensor
+    """[sequences, 2]: first segment, number of segments."""
+
+    @property
+    def segmented(self) -> bool:
+        return len(self.segments) > self.sequences
+
+
+def dense(batch: int, tokens: int) -> tuple[int, ...]:
+    """Where ``batch`` sequences of ``tokens`` tokens begin, and the end of the last."""
+    return tuple(range(0, batch * tokens + 1, tokens)) if tokens else (0,) * (batch + 1)
+
+
+@lru_cache(maxsize=64)
+def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
+    """Cut the sequences that begin at ``starts`` (the end behind them) into chunks and at most ``segments`` segments
+    each."""
+    chunks, pieces, jobs, spans = [], [], [], []
+    for n, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        first = len(chunks)
+        chunks += [(at, min(CHUNK, end - at)) for at in range(start, end, CHUNK)]
+        count = len(chunks) - first
+        span = max(1, -(-count // segments))
+        cuts = list(range(first, first + count, span)) or [first]  # an empty sequence has one empty segment
+        spans.append((len(pieces), len(cuts)))
+        for at in cuts:
+            length = min(span, first + count - at)
+            last = at == cuts[-1]
+            if not last:
+                jobs += [(len(pieces), part) for part in ((0,) if at == first else (0, 1))]
+            pieces.append((n, at, length, int(at == first), int(last)))
+    tables = (chunks or [(0, 0)], pieces, jobs or [(0, 0)], spans)
+    on_device = [torch.tensor(table, dtype=torch.int32, device=device) for table in tables]
+    return Layout(
+        sequences=len(starts) - 1, chunks=on_device[0], segments=on_device[1], jobs=on_device[2], spans=on_device[3]
+    )
+
+
+@lru_cache(maxsize=16)
+def sum_matrices(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0/1 matrices [11, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of the chunk's products.
+
+    0 to 3: row i sums the tokens from 16 n to i, n = 0 to 3. 4: the tokens behind i. 5 + n: where half-blocks of
+    2^n tokens meet, in pairs: a row of the later half sums from the half's start to itself, a row of the earlier one
+    from behind itself to its end.
+    """
+    i, s = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
+    found = [(s >= 16 * n) & (s <= i) for n in range(4)] + [s > i]
+    for n in range(6):
+        half = 2**n
+        found.append((s // half == i // half) & torch.where(i // half % 2 == 1, s <= i, s > i))
+    return torch.stack(found).to(device, dtype)
