@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 from models.hybrid_config import LINEAR, HybridKDAConfig
 from models.kda.api import IMPLS, Impl
 from models.kda.layer import KimiDeltaAttention, Packed
-from models.remote import AUTO_MAP, write_remote_file
+from models.remote import write_remote_file
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """transformers' name for the cache, in its functions and outputs: "cache" since 5.20 or so."""
@@ -152,6 +152,8 @@ class HybridKDAModel(HybridKDAPreTrainedModel):
         position_ids, packed = _unpack(inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
         if packed is not None:
             use_cache, attention_mask = False, None
+        if not self.config.kept_layers and cache is None:
+            use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -252,9 +254,14 @@ class HybridKDAForCausalLM(HybridKDAPreTrainedModel, GenerationMixin):  # type: 
             **{CACHE: outputs.get(CACHE)},
         )
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Without any kept layer it runs without a cache, whose tokens are counted in such layers."""
+        if not self.config.kept_layers:
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As transformers', with the file that loads the folder where evalkit is not installed (trust_remote_code)."""
-        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
         write_remote_file(save_directory)
 
@@ -266,42 +273,48 @@ def _seen(cache: Any) -> int:
 def _unpack(
     x: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Any, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, Packed | None]:
-    """(position_ids, where the documents of a packed input lie or None)."""
-    B, T = x.shape[:2]
+    """(position_ids, where the documents of a packed input lie, None if it isn't packed); x is [B, T, hidden]."""
     if cu_seqlens is not None:
-        if attention_mask is not None and not bool(attention_mask.all()):
+        if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
             raise ValueError("attention_mask has padding: expected none beside cu_seqlens, which packs without any")
         if cache is not None:
             raise ValueError("a cache was given beside cu_seqlens: packed documents can't go on from one")
-        starts = _starts_of(cu_seqlens, B, T)
-        restart = torch.cat([torch.arange(b - a) for a, b in zip(starts, starts[1:], strict=False)])[None].to(x.device)
-        if position_ids is None:
-            position_ids = restart
-        elif (found := _boundaries(position_ids, B)) != starts:
+        starts = _document_starts(cu_seqlens, *x.shape[:2])
+        if position_ids is not None and (found := _boundaries(position_ids, 1)) != starts:
             raise ValueError(
                 f"position_ids begin anew at {found[:-1]}: expected the starts of cu_seqlens {starts[:-1]}"
             )
-    elif position_ids is not None and attention_mask is None and cache is None and T > 1:
-        if find_packed_sequence_indices(position_ids) is None:
-            return position_ids, None
-        starts = _boundaries(position_ids, B)
-        restart = torch.cat([torch.arange(b - a) for a, b in zip(starts, starts[1:], strict=False)])[None].to(x.device)
+    elif (
+        position_ids is not None
+        and attention_mask is None
+        and cache is None
+        and find_packed_sequence_indices(position_ids) is not None
+    ):
+        starts = _boundaries(position_ids, x.shape[0])
     else:
         return position_ids, None
-    return position_ids, Packed(torch.tensor(starts), restart)
+    begins = torch.tensor(starts)
+    position = torch.arange(starts[-1]) - begins[:-1].repeat_interleave(begins.diff())
+    packed = Packed(begins, position[None].to(x.device))
+    return packed.position if position_ids is None else position_ids, packed
 
 
-def _starts_of(cu_seqlens: Tensor, B: int, T: int) -> list[int]:
-    starts: list[int] = cu_seqlens.tolist()
+def _document_starts(cu_seqlens: Tensor, B: int, T: int) -> list[int]:
     if B != 1:
         raise ValueError(f"input_ids has a batch of {B}: packed documents (cu_seqlens) come in a batch of one")
-    if not starts or starts[0] != 0 or starts[-1] != T or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "
+            f"expected [documents + 1] integers"
+        )
+    starts: list[int] = cu_seqlens.tolist()
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != T or starts != sorted(starts):
         raise ValueError(f"cu_seqlens is {starts}: expected to begin with 0, never to fall, and to end at {T}")
     return sorted(set(starts))
 
 
 def _boundaries(position_ids: Tensor, B: int) -> list[int]:
-    """Where positions begin anew in the long row [batch * tokens], and its end; a row always begins one."""
+    """Where positions begin anew in the long row [batch * tokens], and its end; every row begins anew."""
     position_ids = position_ids.expand(B, -1)
     anew = torch.ones_like(position_ids, dtype=torch.bool)
     anew[:, 1:] = position_ids.diff(dim=-1) != 1

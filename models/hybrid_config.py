@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from models.remote import AUTO_MAP
+
 TEACHER_CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 LINEAR = "linear_attention"
 """transformers' name for a layer with a recurrent state, KDA here; every other type is the teacher's own."""
@@ -59,6 +61,7 @@ class HybridKDAConfig(PretrainedConfig):  # type: ignore[misc]
             if getattr(self, name) is None:
                 setattr(self, name, default)
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
         self._check(types_of(teacher))
 
     @classmethod
@@ -87,6 +90,11 @@ class HybridKDAConfig(PretrainedConfig):  # type: ignore[misc]
         """The layers (from 0) whose mixer is KDA."""
         return [i for i, kind in enumerate(self.layer_types or ()) if kind == LINEAR]
 
+    @property
+    def kept_layers(self) -> list[int]:
+        """The layers (from 0) that are the teacher's own."""
+        return [i for i, kind in enumerate(self.layer_types or ()) if kind != LINEAR]
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Every field of the model is written: defaults may change with transformers, a saved student must not."""
         common = {field.name for field in fields(PretrainedConfig)} | {"_name_or_path"}
@@ -102,6 +110,11 @@ class HybridKDAConfig(PretrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"layer_types[{i}] is {kind!r}: expected {LINEAR} or {' or '.join(KEPT_TYPES)}")
             if kind not in (LINEAR, own_types[i]):
                 raise ValueError(f"layer_types[{i}] is {kind!r}: the teacher's layer {i} is {own_types[i]!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}: "
+                f"expected a divisor of num_attention_heads ({self.num_attention_heads})"
+            )
         heads, kv_heads = self.kda_heads or 0, self.kda_kv_heads or 0
         for name, number in (
             ("kda_heads", heads),
@@ -112,11 +125,6 @@ class HybridKDAConfig(PretrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"{name} is {number}: expected 1 or more")
         if heads % kv_heads:
             raise ValueError(f"kda_kv_heads is {kv_heads}: expected a divisor of kda_heads ({heads})")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {self.num_key_value_heads}: "
-                f"expected a divisor of num_attention_heads ({self.num_attention_heads})"
-            )
         if self.kda_gate not in ("bounded", "softplus"):
             raise ValueError(f"kda_gate is {self.kda_gate!r}: expected bounded or softplus")
         if not self.kda_lower_bound < 0:

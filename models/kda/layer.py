@@ -154,6 +154,8 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
         state = memory.recurrent_states[0] if goes_on else None
         if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
             return kda_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], *gates, state, **options)[:, None]
+        if state is not None and torch.is_grad_enabled():
+            state = state.clone()  # the cache's own is overwritten below, before a backward pass could read it
         B = q.shape[0]
         if packed is not None:
             q, k, v, g, beta = (s.flatten(0, 1)[None] for s in (q, k, v, g, beta))
