@@ -86,32 +86,31 @@ def draw(
     seed: int = 0,
 ) -> Tensors:
     """Random inputs whose channels remember from one token to thousands; N initial states, B by default."""
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64).to(subject.device, subject.dtype)
-
+    random = torch.Generator(subject.device).manual_seed(seed)
     wide = torch.float64 if subject.dtype == torch.float64 else torch.float32
-    spread = torch.linspace(-7, 1, K, dtype=torch.float64).expand(H, K)
+
+    def normal(*shape: int, dtype: torch.dtype = subject.dtype) -> Tensor:
+        return torch.randn(*shape, generator=random, device=subject.device, dtype=wide).to(dtype)
+
     return {
         "q": normal(B, T, H, K),
         "k": normal(B, T, HK, K),
         "v": normal(B, T, HK, V),
         "g": normal(B, T, H, K),
         "beta": normal(B, T, H),
-        "A_log": torch.linspace(-0.5, 0.5, H, dtype=torch.float64).to(subject.device, wide),
-        "dt_bias": spread.to(subject.device, wide).contiguous(),
-        "initial_state": torch.randn(N or B, H, K, V, generator=random, dtype=torch.float64).to(subject.device, wide),
+        "A_log": torch.linspace(-0.5, 0.5, H, device=subject.device, dtype=wide),
+        "dt_bias": torch.linspace(-7, 1, K, device=subject.device, dtype=wide).repeat(H, 1),
+        "initial_state": normal(N or B, H, K, V, dtype=wide),
     }
 
 
 def cotangents(x: Tensors, seed: int = 1) -> tuple[Tensor, Tensor]:
     """What the outputs' and the final states' gradients are taken with: fixed, random, in v's dtype and in float32."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(x["q"].device).manual_seed(seed)
+    state = x["initial_state"]
     shape = (*x["q"].shape[:3], x["v"].shape[-1])
-    do = torch.randn(*shape, generator=random, dtype=torch.float64).to(x["v"])
-    dstate = torch.randn(*x["initial_state"].shape, generator=random, dtype=torch.float64)
-    return do, dstate.to(x["initial_state"])
+    do = torch.randn(*shape, generator=random, device=state.device, dtype=state.dtype).to(x["v"])
+    return do, torch.randn(*state.shape, generator=random, device=state.device, dtype=state.dtype)
 
 
 def run(
