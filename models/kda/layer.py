@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from models.hybrid_config import HybridKDAConfig
-from models.kda.api import PAD_LOGIT, Impl, kda, kda_step
+from models.kda.api import PAD_LOGIT, Impl, default_impl, kda, kda_step
 
 SHORTEST_TOKENS, LONGEST_TOKENS = 2.0, 2048.0
 """Half-lives of the channels of a new layer."""
@@ -107,7 +107,8 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
         if padding is not None:
             # A projection's bias would let pads into the convolution.
             streams = [s.masked_fill(padding, 0) for s in streams]
-            g, beta = g.masked_fill(padding, PAD_LOGIT), beta.masked_fill(padding, PAD_LOGIT)
+            off = max(PAD_LOGIT, torch.finfo(g.dtype).min)
+            g, beta = g.masked_fill(padding, off), beta.masked_fill(padding, off)
         goes_on = memory is not None and memory.has_previous_state[0]
         q, k, v = self._convolve(streams, memory, packed)
         q, k, v, g = (s.unflatten(-1, (-1, self.head_dim)) for s in (q, k, v, g))
@@ -129,7 +130,11 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
             return list(y[:, None].split(sizes, -1))
         before = memory.conv_states[0].mT.split(sizes, -1) if goes_on else (None, None, None)
         position = None if packed is None else packed.position
-        outputs = [short_conv(s, w, b, position) for s, w, b in zip(streams, weights, before, strict=True)]
+        conv = short_conv
+        # The kernel has no gradient for what stands before.
+        if self._fused(streams[0]) and not (goes_on and torch.is_grad_enabled()):
+            from models.kda.kernels.mixer import triton_conv as conv
+        outputs = [conv(s, w, b, position) for s, w, b in zip(streams, weights, before, strict=True)]
         if memory is not None:
             memory.update_conv_state(torch.cat([s[:, -keep:] for s in streams], -1).mT, conv_kernel_size=keep)
         return outputs
@@ -166,13 +171,16 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
         return o if packed is None else o[0].unflatten(0, (B, -1))
 
     def _norm(self, o: Tensor, x: Tensor) -> Tensor:
-        """[B, T, H, V] -> [B, T, H * V] in x's dtype: RMSNorm a head in float32, times the output gate."""
-        wide = o.to(torch.promote_types(o.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.rms_norm_eps) * self.o_norm
-        wide = wide.flatten(-2)
-        if self.config.kda_output_gate:
-            wide = wide * torch.sigmoid(self.g_b_proj(self.g_a_proj(x)).to(wide.dtype))
-        return wide.to(o.dtype)
+        """[B, T, H, V] -> [B, T, H * V]."""
+        z = self.g_b_proj(self.g_a_proj(x)).view_as(o) if self.config.kda_output_gate else None
+        norm = gated_norm
+        if self._fused(o):
+            from models.kda.kernels.mixer import triton_norm as norm
+        return norm(o, z, self.o_norm, self.config.rms_norm_eps).flatten(-2)
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether the kernels run beside the recurrence too; fla's comparison is of the recurrence alone."""
+        return (self.impl or default_impl(x)) in ("triton", "fla")
 
 
 def short_conv(x: Tensor, weight: Tensor, before: Tensor | None = None, position: Tensor | None = None) -> Tensor:
@@ -191,6 +199,18 @@ def short_conv(x: Tensor, weight: Tensor, before: Tensor | None = None, position
             earlier = earlier.masked_fill(position.view(-1, T, 1) < lag, 0)
         y = torch.addcmul(y, weight[:, -1 - lag], earlier)
     return y
+
+
+def gated_norm(o: Tensor, z: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm a head times an output gate: o / rms(o) * weight * sigmoid(z), in float32 or wider, in o's dtype.
+
+    o, z: [..., H, V], z None without a gate; weight: [H, V]; the root mean square is over V.
+    """
+    wide = o.to(torch.promote_types(o.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    if z is not None:
+        wide = wide * torch.sigmoid(z.to(wide.dtype))
+    return wide.to(o.dtype)
 
 
 def half_life_bias(config: HybridKDAConfig, channels: int) -> Tensor:
