@@ -73,12 +73,10 @@ def check_impls(impls: Iterable[str], device: torch.device, dtype: str) -> list[
             raise ValueError("impl fla needs a CUDA GPU, and this device is a CPU: leave it out of --impl")
         if not fla_installed():
             raise ValueError(f"impl fla is not installed: {INSTALL_FLA}, or leave it out of --impl")
-    if "triton" in impls and not gpu:
-        if not interpreted():
-            raise ValueError(
-                "impl triton needs a CUDA GPU: choose reference, or set TRITON_INTERPRET=1 before the start"
-            )
+    if "triton" in impls and interpreted():
         if dtype != "float32":
-            raise ValueError(f"dtype is {dtype!r}: Triton's interpreter is right in float32 only")
+            raise ValueError(f"dtype is {dtype!r}: Triton's interpreter (TRITON_INTERPRET=1) is right in float32 only")
         notes.append("triton ran in its interpreter (TRITON_INTERPRET=1): its results count, its times mean nothing")
+    elif "triton" in impls and not gpu:
+        raise ValueError("impl triton needs a CUDA GPU: choose reference, or set TRITON_INTERPRET=1 before the start")
     return notes

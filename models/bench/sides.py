@@ -27,6 +27,8 @@ BACKENDS = {
 }
 """Of scaled_dot_product_attention; "sdpa" leaves the choice to torch."""
 OPERATOR = "aten::_scaled_dot_product_"
+SOFTMAX = ("aten::_safe_softmax", "aten::_softmax")
+"""The math backend is no operator of its own; nothing else in these models takes a softmax."""
 
 
 @dataclass(slots=True)
@@ -106,7 +108,8 @@ class Runner:
         free()
         with _Operators() as called:
             side.peak_bytes = self.watch.peak_bytes(partial(self.prefill, prompt))
-        side.attention = sorted(name.removeprefix(OPERATOR) for name in called.names if name.startswith(OPERATOR))
+        fused = {name.removeprefix(OPERATOR) for name in called.names if name.startswith(OPERATOR)}
+        side.attention = sorted(fused | ({"math"} if called.names.intersection(SOFTMAX) else set()))
 
     def sample(self, side: Side, prompt: Tensor, steps: int) -> None:
         """One time to first token, and the decode steps after it."""

@@ -179,9 +179,9 @@ def failure(error: BaseException) -> str:
 
 
 def free() -> None:
-    """Give memory that nothing holds any more back to the device."""
-    gc.collect()
+    """Give a GPU's memory that nothing holds any more back to it."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -182,10 +182,10 @@ def _method(settings: Settings) -> list[str]:
         "Weights are random: the time depends on the shapes alone. Both models are on the device in one process, as "
         "transformers builds them, without compilation or graphs.",
         f"Time to first token: the host's clock around one call on a prompt of random tokens, from the call until the "
-        f"most likely next token is there; logits of the last position alone. Median of "
-        f"{settings.repeats} repetitions after two prefills that are not counted (IQR: the distance between the quartiles over the "
-        f"median); each repetition draws a new prompt "
-        f"for both sides, which take turns in going first. Ratios are medians over these pairs.",
+        f"most likely next token is there; logits of the last position alone. Median of {settings.repeats} repetitions "
+        f"after two prefills that are not counted; IQR: the distance between the quartiles over the median. Each "
+        f"repetition draws a new prompt for both sides, which take turns in going first; ratios are medians over these "
+        f"pairs.",
         f"Decode step: median over {settings.decode_steps} steps after each prefill, one token a sequence, with "
         f"transformers' DynamicCache, which copies keys and values to add a token.",
         f"Attention: torch's scaled_dot_product_attention ({settings.attention}) on both sides; the operators that "
