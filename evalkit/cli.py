@@ -181,6 +181,48 @@ def demo(
     _print_comparison(made, out, json_output)
 
 
+@app.command(
+    epilog="Examples: `evalkit convert smollm2-135m --out student` · `evalkit convert Qwen/Qwen3-0.6B "
+    "--keep qwen3-0.6b --delta --out student` · then `evalkit compare smollm2-135m student --tasks quick`"
+)
+def convert(
+    teacher: Annotated[str, typer.Argument(help="Llama, Qwen2 or Qwen3: hub id, model folder, or a built-in name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The student's folder.")],
+    keep: Annotated[
+        str,
+        typer.Option(help="Layers whose attention stays: 0,2,6, uniform (1 in 4), uniform:N, none, all, qwen3-0.6b."),
+    ] = "uniform",
+    gate: Annotated[Literal["bounded", "softplus"], typer.Option(help="Decay gate of the KDA layers.")] = "bounded",
+    conv_size: Annotated[int, typer.Option(min=2, help="Taps of their short convolution.")] = 4,
+    output_gate: Annotated[bool, typer.Option("--output-gate/--no-output-gate", help="Gate their output.")] = True,
+    rope: Annotated[bool, typer.Option("--rope/--no-rope", help="Rotate their q and k, as in attention.")] = False,
+    delta: Annotated[bool, typer.Option("--delta", help="Store only what differs from the teacher.")] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Calibration text: .txt, or .jsonl with a field text.", show_default="evalkit's own"),
+    ] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Make a student of TEACHER with Kimi Delta Attention in all layers but those kept: calibrated, not trained."""
+    _quiet()
+    from evalkit.progress import bars
+    from models.students import make_student
+    from reports.probe import probe_sentence, probe_table
+
+    how: dict[str, Any] = {"keep": keep, "delta": delta, "text": text, "dtype": dtype, "device": device}
+    kda: dict[str, Any] = {"gate": gate, "conv_size": conv_size, "output_gate": output_gate, "rope": rope}
+    with bars(True, teacher) as report:
+        note = make_student(teacher, out, report=report, **how, **kda)
+    if json_output:
+        print(json.dumps(note, indent=2))
+        return
+    console.print(probe_table(note["probe"]))
+    console.print(probe_sentence(note["probe"]))
+    console.print(f"Student kept in {out}. Next: evalkit compare {teacher} {out} --tasks quick")
+
+
 @app.command(epilog="Example: `evalkit tasks --json`")
 def tasks(json_output: Json = False) -> None:
     """List the tasks: views, primary normalisation, where the items come from."""
