@@ -143,6 +143,43 @@ def test_a_wrong_argument_of_a_step_is_named(change: Change, told: str) -> None:
     assert torch.equal(x["state"], before)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda x: (
+                {n: x[n][..., :12].contiguous() for n in ("q", "k", "g", "dt_bias")}
+                | {"initial_state": x["initial_state"][:, :, :12].contiguous()}
+            ),
+            r"q's last dimension is 12: impl='triton' takes 16, 32, 64, 128; use impl='reference'",
+        ),
+        (
+            lambda x: {n: x[n][..., :24].contiguous() for n in ("v", "initial_state")},
+            r"v's last dimension is 24: impl='triton' takes 16, 32, 64, 128; use impl='reference'",
+        ),
+        (
+            lambda x: {n: x[n].double() for n in ("q", "k", "v", "g", "beta")},
+            r"q is torch\.float64: impl='triton' takes float32 or bfloat16; use impl='reference'",
+        ),
+        (given(lower_bound=-5.5), r"lower_bound is -5\.5: impl='triton' takes -5 to 0.* use impl='reference'"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_though_the_reference_does_it(
+    triton_kernels: None, change: Change, told: str
+) -> None:
+    x = draw(TRITON, 6, **GROUPED)
+    x |= change(x)
+    with pytest.raises(ValueError, match=f"^{told}"):
+        kda(**x, impl="triton")  # type: ignore[arg-type]
+    one = one_token({name: t for name, t in x.items() if name != "lower_bound"})
+    one |= {name: value for name, value in x.items() if name == "lower_bound"}
+    before = one["state"].clone()
+    with pytest.raises(ValueError, match=f"^{told}"):
+        kda_step(**one, impl="triton")  # type: ignore[arg-type]
+    assert torch.equal(one["state"], before)
+    assert kda(**x, impl="reference")[0].isfinite().all()  # type: ignore[arg-type]
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
