@@ -205,6 +205,11 @@ def _zero_q_and_k(x: Tensors) -> Tensors:
     return {**x, "q": q, "k": k}
 
 
+def _short_q_and_k(x: Tensors) -> Tensors:
+    """Of a length about the square root of the norm's eps, and below."""
+    return {**x, "q": 1e-4 * x["q"], "k": 3e-4 * x["k"]}
+
+
 EXTREMES: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "g = 0 (bounded)": ("bounded", _everywhere("g", PAD_LOGIT)),
     "g = 0 (softplus)": ("softplus", _everywhere("g", PAD_LOGIT)),
@@ -217,6 +222,7 @@ EXTREMES: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "beta = 1": ("bounded", _everywhere("beta", 200.0)),
     "nearly equal keys": ("softplus", _nearly_equal_keys),
     "zero q and k": ("bounded", _zero_q_and_k),
+    "short q and k": ("bounded", _short_q_and_k),
 }
 """Name -> the gate, and what it makes of ordinary inputs."""
 

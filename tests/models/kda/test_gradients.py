@@ -15,6 +15,7 @@ from tests.models.kda.oracles import (
     REFERENCES,
     TRITON,
     Subject,
+    assert_bitwise,
     assert_near,
     cotangents,
     draw,
@@ -133,6 +134,22 @@ def test_no_input_is_mutated(subject: Subject, gate: str) -> None:
 
 def test_three_runs_are_bitwise_equal(subject: Subject) -> None:
     check_runs_are_bitwise_equal(subject, draw(subject, 70, **GROUPED), "bounded", gradients=NAMES)
+
+
+def test_outputs_do_not_depend_on_what_gradients_are_wanted(subject: Subject) -> None:
+    x = draw(subject, 20, **GROUPED)
+    some, every = run(subject.impl, x, gradients=("v",)), run(subject.impl, x, gradients=NAMES)
+    for found in (run(subject.impl, x), some, every):
+        assert_bitwise({name: found[name] for name in ("o", "state")}, run(subject.impl, x))
+    assert torch.equal(some["dv"], every["dv"])
+
+
+def test_a_call_in_inference_mode_does_not_spoil_training(subject: Subject) -> None:
+    """What a call keeps for the next ones (tables by shape) must serve autograd too."""
+    x = draw(subject, 21, **GROUPED)
+    with torch.inference_mode():
+        run(subject.impl, x)
+    check_equals_the_oracle(subject, x, "bounded", gradients=NAMES)
 
 
 def test_two_backward_passes_through_one_graph_are_the_same(subject: Subject) -> None:

@@ -154,6 +154,15 @@ def test_packed_equals_a_loop(subject: Subject, lengths: tuple[int, ...]) -> Non
         check_packed_equals_a_loop(subject, x, gate, lengths)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.data())
+def test_packed_in_any_lengths_equals_a_loop(data: Any) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any))
+    one = data.draw(st.sampled_from(REFERENCES))
+    x = draw(one, sum(lengths), N=len(lengths), **GROUPED)
+    check_packed_equals_a_loop(one, x, data.draw(st.sampled_from(GATES)), lengths)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_cu_seqlens_of_either_width(subject: Subject, dtype: torch.dtype) -> None:
     x = draw(subject, 9, N=2, **GROUPED)
