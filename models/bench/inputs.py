@@ -125,14 +125,17 @@ def rms_ratios(inputs: Inputs, gate: Any, impl: Any, *, backward: bool) -> tuple
         try:
             found = results(inputs, (gate, impl))
             wanted = results(exact, (gate, "reference"))
-            ratios |= {name: _ratio(found[name], wanted[name]) for name in wanted}
+            ratios |= {name: _ratio(name, found[name], wanted[name]) for name in wanted}
         except Exception as error:  # a kernel's compiler, the allocator and the driver each raise types of their own
             failures[part] = failure(error)
     return ratios, failures
 
 
-def _ratio(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact).norm() / exact.norm())
+def _ratio(name: str, value: Tensor, exact: Tensor) -> float:
+    ratio = float((value.double() - exact).norm() / exact.norm())
+    if not math.isfinite(ratio):
+        raise ValueError(f"{name} is not finite")
+    return ratio
 
 
 def _outputs(inputs: Inputs, how: Any) -> dict[str, Tensor]:

@@ -61,8 +61,7 @@ def _worst(rms: dict[str, float], names: tuple[str, ...]) -> str:
     found = [(rms[name], name) for name in names if name in rms]
     if not found:
         return NONE
-    # NaN compares false with everything: it must come out as the worst, not be skipped.
-    value, name = max(found, key=lambda pair: (pair[0] != pair[0], pair[0]))
+    value, name = max(found)
     return f"{value:.1e}" + (f" {name}" if len(names) > 1 else "")
 
 

@@ -98,7 +98,7 @@ class Runner:
 
     def warm(self, side: Side, prompt: Tensor, steps: int) -> None:
         """A first prefill and a few steps, then a second prefill: what is counted rather than timed is read here."""
-        cache = self._cache()
+        prompt, cache = prompt.to(self.watch.device), self._cache()
         side.first_prefill_s = self.watch.wall(partial(self._next, prompt, cache))
         side.kv_cache_bytes, side.kda_state_bytes = cache_bytes(cache)
         token = prompt[:, -1:]
@@ -113,7 +113,7 @@ class Runner:
 
     def sample(self, side: Side, prompt: Tensor, steps: int) -> None:
         """One time to first token, and the decode steps after it."""
-        cache, tokens, times = self._cache(), [prompt], list[float]()
+        cache, tokens, times = self._cache(), [prompt.to(self.watch.device)], list[float]()
 
         def step() -> None:
             tokens[0] = self._next(tokens[0], cache)

@@ -1,5 +1,6 @@
 """Time on a device: events on a CUDA GPU, the host's clock on a CPU; contenders interleaved in one run."""
 
+import contextlib
 import gc
 import statistics
 import time
@@ -130,7 +131,7 @@ def race(
         seen(f"repetition {repetition + 1} of {repeats}")
         try:
             now = inputs.new()
-        except torch.OutOfMemoryError as error:
+        except Exception as error:  # no memory, or a kernel before has left the device unusable
             for name in alive:
                 timed[name].fail(error)
             break
@@ -182,7 +183,8 @@ def free() -> None:
     """Give a GPU's memory that nothing holds any more back to it."""
     if torch.cuda.is_available():
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after an illegal address every call raises; its cause is told already
+            torch.cuda.empty_cache()
 
 
 def summary(samples: Sequence[float]) -> dict[str, float] | None:

@@ -82,7 +82,7 @@ class _Both:
     def __init__(self, settings: Settings, device: torch.device, shapes: Pair) -> None:
         self.settings, self.device, self.shapes = settings, device, shapes
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
         self.watch = Stopwatch(device)
         self.configs: dict[str, PretrainedConfig] = {"teacher": shapes.teacher, "hybrid": shapes.hybrid}
         self.runners = {
@@ -135,8 +135,9 @@ class _Both:
         return self._row(tokens, sides), profiles
 
     def _prompt(self, tokens: int) -> Tensor:
+        """[batch, tokens] on the CPU: its place on the device is part of a side's work, since it may fail there."""
         shape = (self.settings.batch, tokens)
-        return torch.randint(self.shapes.teacher.vocab_size, shape, device=self.device, generator=self.generator)
+        return torch.randint(self.shapes.teacher.vocab_size, shape, generator=self.generator)
 
     def _attempt(self, side: Side, work: Callable[[], None]) -> None:
         """One side's work; its cache and what the allocator kept of it are gone before the other side's turn."""
@@ -144,8 +145,8 @@ class _Both:
         free()
 
     def _profile(self, side: str, tokens: int) -> dict[str, Any]:
-        prompt = self._prompt(tokens)
         try:
+            prompt = self._prompt(tokens).to(self.device)
             return {"kernels": kernels(partial(self.runners[side].prefill, prompt), calls=1), "reason": ""}
         except Exception as error:  # the measurement stands without it
             return {"kernels": [], "reason": failure(error)}

@@ -168,6 +168,19 @@ def test_an_error_in_one_result_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rms["reference"]["o"] < 1e-6
 
 
+def test_a_result_that_is_not_finite_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = inputs.kda_step
+
+    def broken(*arguments: Any, impl: str, **options: Any) -> Tensor:
+        return true(*arguments, impl=impl, **options) * (float("nan") if impl == "recurrent" else 1.0)
+
+    monkeypatch.setattr(inputs, "kda_step", broken)
+    found = kda.bench(replace(KDA, tokens=(16,), gates=("bounded",), backward=False, repeats=1))
+    assert [row["failures"] for row in found["errors"]] == [{}, {"decode": "ValueError: step_o is not finite"}]
+    assert kda.failed(found) and any("step_o is not finite" in note for note in found["notes"])
+    json.dumps(found, allow_nan=False)
+
+
 def test_out_of_memory_is_said_in_its_row_and_a_broken_implementation_in_the_notes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -560,7 +573,7 @@ def test_triton_on_a_cpu_needs_the_interpreter_and_its_times_are_called_meaningl
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     settings, _, notes = settled(replace(KDA, impls=()))
     assert settings.impls == ("triton", "reference") and "its times mean nothing" in notes[0]
-    with pytest.raises(ValueError, match="interpreter is right in float32 only"):
+    with pytest.raises(ValueError, match="right in float32 only"):
         settled(replace(KDA, impls=("triton",), dtype="bfloat16"))
 
 
