@@ -82,6 +82,7 @@ class HybridKDAPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["KDADecoderLayer", *(family["DecoderLayer"].__name__ for family in FAMILIES.values())]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

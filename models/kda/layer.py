@@ -129,7 +129,7 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
             y = (window * torch.cat(weights).to(window.dtype)).sum(-1)
             return list(y[:, None].split(sizes, -1))
         before = memory.conv_states[0].mT.split(sizes, -1) if goes_on else (None, None, None)
-        position = None if packed is None else packed.position
+        position = None if packed is None else packed.position.to(streams[0].device)
         conv = short_conv
         # The kernel has no gradient for what stands before.
         if self._fused(streams[0]) and not (goes_on and torch.is_grad_enabled()):

@@ -37,6 +37,18 @@ def test_what_the_pads_are_changes_no_bit(side: str) -> None:
     assert torch.equal(mixer(x, mask=mask), mixer(x.masked_fill(~mask.bool()[..., None], torch.nan), mask=mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_in_half_precision_pads_write_nothing_and_forget_nothing(dtype: torch.dtype) -> None:
+    mixer = tiny_hybrid(tiny_teacher("qwen2")).model.layers[0].kda.to(dtype)
+    for name in ("A_log", "dt_bias", "o_norm"):
+        setattr(mixer, name, torch.nn.Parameter(getattr(mixer, name).float()))
+    torch.manual_seed(0)
+    x, mask = torch.randn(1, 30, 32, dtype=dtype), torch.ones(1, 30)
+    mask[:, :9] = 0
+    torch.testing.assert_close(mixer(x, mask=mask)[:, 9:], mixer(x[:, 9:]), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
 @torch.no_grad()
 def test_the_state_after_a_padded_batch_is_each_texts_own() -> None:
     model = tiny_hybrid(tiny_teacher("qwen2"))

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 """What surrounds the recurrence in a layer, in one launch each: the short convolution and the gated norm.
 
 In plain PyTorch (models/kda/layer.py) each is some ten passes over memory, together more than the recurrence itself.
