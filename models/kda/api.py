@@ -94,7 +94,9 @@ def kda_step(
     one = [x.unsqueeze(1) for x in (q, k, v, g, beta)]
     _check(*one, A_log, dt_bias, gate, lower_bound, state, None, impl)
     if not state.is_contiguous():
-        raise ValueError("state is not contiguous, so it can't be updated in place: pass state.contiguous() and keep it")
+        raise ValueError(
+            "state is not contiguous, so it can't be updated in place: pass state.contiguous() and keep it"
+        )
     options = {"gate": gate, "lower_bound": lower_bound, "scale": scale}
     with torch.no_grad():
         if impl == "triton":
@@ -193,7 +195,9 @@ def _starts(cu_seqlens: Tensor, B: int, T: int) -> list[int]:
         raise ValueError(f"q has a batch of {B}: packed sequences (cu_seqlens) come in a batch of one")
     starts: list[int] = cu_seqlens.tolist()
     if starts[0] != 0 or starts[-1] != T or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
-        raise ValueError(f"cu_seqlens is {_short(starts)}: expected to begin with 0, never to fall, and to end at T = {T}")
+        raise ValueError(
+            f"cu_seqlens is {_short(starts)}: expected to begin with 0, never to fall, and to end at T = {T}"
+        )
     return starts
 
 

@@ -150,9 +150,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, state: Tensor
     G = g.cumsum(-2)
     in_, out = G.exp(), _after(g).exp()
     # (I + diag(b) A_kk)^-1 diag(b) [V | K], the UT transform: Kimi Linear, eq. 6-8.
-    solved = torch.linalg.solve_triangular(
-        b * A_kk, b * torch.cat([v, in_ * k], -1), upper=False, unitriangular=True
-    )
+    solved = torch.linalg.solve_triangular(b * A_kk, b * torch.cat([v, in_ * k], -1), upper=False, unitriangular=True)
     U, W = solved.split([v.shape[-1], k.shape[-1]], -1)
     inside = []
     for c in range(q.shape[2]):

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kda.kernels.forward import exp2, log2_decay, sigmoid
-from models.kda.kernels.plan import CONFIGS, check_kernels, fast
+from models.kda.kernels.plan import check_kernels, config, fast
 from models.kda.reference import L2_EPS
 
 
@@ -65,13 +65,12 @@ def triton_step(
     HK, V = v.shape[1:]
     q, k, v, g, beta = (x if x[:1].is_contiguous() else x.contiguous() for x in (q, k, v, g, beta))
     o = v.new_empty(B, H, V)
-    config = dict(CONFIGS["step"])
-    config["BV"] = min(config["BV"], V)
+    options = config("step", BV=V)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        step_kernel[(V // config["BV"], H, B)](
+        step_kernel[(V // options["BV"], H, B)](
             q, k, v, g, beta, A_log, dt_bias, state, o,
             q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0), scale,
-            H=H, GROUP=H // HK, K=K, V=V, EPS=L2_EPS, FAST=fast(q), **config,
+            H=H, GROUP=H // HK, K=K, V=V, EPS=L2_EPS, FAST=fast(q), **options,
             LOWER=lower_bound if gate == "bounded" else 0.0,
         )  # fmt: skip
     return o

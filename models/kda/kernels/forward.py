@@ -1,13 +1,14 @@
-"""KDA forward on a GPU in four launches: prepare (all chunks at once), map, combine, scan.
+"""KDA forward on a GPU in five launches: prepare and solve (all chunks at once), map, combine, scan.
 
 prepare  everything of a chunk that no state enters (kda.reference has the formulas): the decayed q and k, A_qk, and
-         T = (I + diag(b) A_kk)^-1.
+         L = diag(b) A_kk.
+solve    M = (I + L)^-1 diag(b) = T diag(b).
 map      for every segment but a sequence's last: the state that it makes of zero, and the matrix by which it
          multiplies its first state. A segment is an affine map of the state, so all can run at the same time.
 combine  compose the maps: each segment's true first state.
 scan     run every segment from its first state and write the output.
 
-With V' = T (b (v - K S)):    o = Q S + A_qk V'    S' = diag(exp G_C) S + Kt^T V'
+With V' = M (v - K S):    o = Q S + A_qk V'    S' = diag(exp G_C) S + Kt^T V'
 where Q = scale q exp(G), K = k exp(G), Kt = k exp(G_C - G) of normalised q and k, G the log-decay summed in the chunk.
 
 bfloat16 inputs: products of bfloat16 (of float16 where all entries lie within 1) summed in float32, the log-decay
@@ -54,9 +55,7 @@ def log2_decay(x, rate, LOWER: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def gate_slice(
-    g_ptr, offsets, mask, bias, rate, LOWER: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr
-):
+def gate_slice(g_ptr, offsets, mask, bias, rate, LOWER: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr):
     """A tile of log2 decays, 0 outside ``mask``, in the dtype SUM in which they are summed."""
     x = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
     g = tl.where(mask, log2_decay(x, rate, LOWER, FAST), 0.0)
@@ -75,28 +74,10 @@ def sum_matrix(sums_ptr, N: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def level_mask(rows, H: tl.constexpr):
-    """[C, C]: row i in the later, column j in the earlier of two neighbouring half-blocks of H tokens."""
+    """[C, C]: row in the later, column in the earlier of two neighbouring half-blocks of H tokens."""
     i = rows[:, None]
     j = rows[None, :]
     return (i // H == j // H + 1) & ((i // H) % 2 == 1)
-
-
-@triton.jit
-def invert(L, rows, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + L)^-1 for a strictly lower L [C, C], by blocks of 2, 4, ... C: X <- X - X L_block X.
-
-    Every intermediate is the inverse of a diagonal block, whose entries lie within 1 for KDA (a block of the delta
-    rule maps unit values to errors no larger), so nothing is cancelled, unlike in a power series.
-    """
-    i = rows[:, None]
-    j = rows[None, :]
-    X = tl.where(i == j, 1.0, 0.0) - tl.where(level_mask(rows, 1), L, 0.0)
-    for n in tl.static_range(1, 6):
-        if C > 2**n:
-            block = tl.where(level_mask(rows, 2**n), L, 0.0).to(OP)
-            Y = tl.dot(block, X.to(OP), input_precision=PRECISION)
-            X -= tl.dot(X.to(OP), Y.to(OP), input_precision=PRECISION)
-    return X
 
 
 @triton.jit
@@ -104,12 +85,12 @@ def meet(
     A, L, q, k, g, matrix, rows, N: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add to A and L the products of later and earlier half-blocks of 2^N tokens; no exponent is positive."""
+    """Add to the transposed A and L the products of half-blocks of 2^N tokens; no exponent is positive."""
     E = exp2(tl.dot(matrix, g, input_precision=PRECISION), FAST)
-    columns = tl.trans((k * E).to(OP))
-    mask = level_mask(rows, 2**N)
-    A += tl.where(mask, tl.dot((q * E).to(OP), columns, input_precision=PRECISION), 0.0)
-    L += tl.where(mask, tl.dot((k * E).to(OP), columns, input_precision=PRECISION), 0.0)
+    mask = tl.trans(level_mask(rows, 2**N))
+    columns = (k * E).to(OP)
+    A += tl.where(mask, tl.dot(columns, tl.trans((q * E).to(OP)), input_precision=PRECISION), 0.0)
+    L += tl.where(mask, tl.dot(columns, tl.trans((k * E).to(OP)), input_precision=PRECISION), 0.0)
     return A, L
 
 
@@ -124,47 +105,53 @@ def inverse_norm(x_ptr, stride, tokens, valid, K: tl.constexpr, EPS: tl.constexp
 
 @triton.jit
 def panel(
-    A, L, q, k, x, g, k_ptr, k_stride, start, length, cols,
+    A, L, k, g, matrix, q_ptr, k_ptr, q_stride, k_stride, start, length, cols,
     J: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Add to A and L [C, 16] the products of all rows with columns J .. J + 15, both relative to just before J.
+    """Add to A and L [C, 16] the products of every token's k with q and with k of tokens J .. J + 15.
 
-    x: log2 decays [C, BK] from there to each row. Only for a bounded gate: over 16 tokens it sums to at most 80 nats,
-    116 in log2. The two sides share 2^58 of it, so that neither leaves float32's range before their product is
-    negligible. Rows before J are left as they come: the caller masks them.
+    Both sides are taken relative to just before J. Only for a bounded gate: over 16 tokens it sums to at most 80
+    nats, and exp(80) fits. Rows after J + 15 come out wrong: the caller masks them. q and k of J .. J + 15 come
+    without their norms: the caller multiplies them in.
     """
-    block = J + tl.arange(0, 16)
+    columns = (k * exp2(tl.dot(matrix, g, input_precision=PRECISION), FAST)).to(OP)
+    own = J + tl.arange(0, 16)
     s = tl.arange(0, g.shape[0])[None, :]
-    y = tl.dot(((s >= J) & (s <= block[:, None])).to(g.dtype), g, input_precision=PRECISION)
-    mask = (block < length)[:, None] & (cols >= 0)[None, :]
-    own = tl.load(k_ptr + (start + block)[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    columns = tl.trans((own * exp2(-58.0 - y, FAST)).to(OP))
-    E = exp2(x + 58.0, FAST)
-    A += tl.dot((q * E).to(OP), columns, input_precision=PRECISION)
-    L += tl.dot((k * E).to(OP), columns, input_precision=PRECISION)
+    down = exp2(tl.dot(((s >= J) & (s <= own[:, None])).to(g.dtype), g, input_precision=PRECISION), FAST)
+    mask = (own < length)[:, None] & (cols >= 0)[None, :]
+    q_own = tl.load(q_ptr + (start + own)[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    k_own = tl.load(k_ptr + (start + own)[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    A = tl.dot(columns, tl.trans((q_own * down).to(OP)), A, input_precision=PRECISION)
+    L = tl.dot(columns, tl.trans((k_own * down).to(OP)), L, input_precision=PRECISION)
     return A, L
 
 
 @triton.jit
-def place(whole, part, cols, J: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """Put the columns ``part`` [C, 16] at J .. J + 15 of ``whole`` [C, C]."""
-    to = (J + tl.arange(0, 16)[:, None] == cols[None, :]).to(OP)
-    return tl.dot(part.to(OP), to, whole, input_precision=PRECISION)
+def write_panel(A_ptr, L_ptr, A, L, q_inv, L_scale, rows, J: tl.constexpr, C: tl.constexpr):
+    """Store rows J .. J + 15 of A_qk and of L = diag(b) A_kk, given transposed [C, 16] and without their norms."""
+    own = J + tl.arange(0, 16)
+    to = own[None, :] * C + rows[:, None]
+    A = tl.where(rows[:, None] <= own[None, :], A * tl.gather(q_inv, own, 0)[None, :], 0.0)
+    L = tl.where(rows[:, None] < own[None, :], L * tl.gather(L_scale, own, 0)[None, :], 0.0)
+    tl.store(A_ptr + to, A.to(A_ptr.dtype.element_ty))
+    tl.store(L_ptr + to, L.to(L_ptr.dtype.element_ty))
 
 
 @triton.jit
 def prepare_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr,
-    qd_ptr, kd_ptr, kt_ptr, A_ptr, T_ptr, L_ptr, decay_ptr,
+    qd_ptr, kd_ptr, kt_ptr, A_ptr, L_ptr, decay_ptr,
     q_stride, k_stride, g_stride, beta_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    LOWER: tl.constexpr, EPS: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr, INV: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, KEEP_L: tl.constexpr,
+    LOWER: tl.constexpr, EPS: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: Q, K, Kt [C, K] and A_qk, T [C, C] in the inputs' dtype, exp(G_C) [K] in float32.
+    """Of one chunk and head: Q, K, Kt [C, K] and A_qk [C, C] in the inputs' dtype, L = diag(b) A_kk [C, C] in float16
+    (float32 for float32 inputs), exp(G_C) [K] in float32.
 
     q, g: [tokens, H, K], k: [tokens, H / GROUP, K], strides of a token; beta: [tokens, H]. Out: [chunks, H, ...].
-    KEEP_L also stores L = diag(b) A_kk, which the backward reads. One program a (head, chunk).
+    One program a (head, chunk). Products are made transposed, [column j, row i], because the columns' factors are
+    then shared by A_qk and A_kk.
     """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
@@ -173,8 +160,8 @@ def prepare_kernel(
     rows = tl.arange(0, C)
     valid = rows < length
     tokens = start + rows
-    i = rows[:, None]
-    j = rows[None, :]
+    j = rows[:, None]
+    i = rows[None, :]
     q_ptr += h * K
     k_ptr += (h // GROUP) * K
     g_ptr += h * K
@@ -182,16 +169,16 @@ def prepare_kernel(
     q_inv = inverse_norm(q_ptr, q_stride, tokens, valid, K, EPS) * scale
     k_inv = inverse_norm(k_ptr, k_stride, tokens, valid, K, EPS)
     # The softplus gate's matrices lie behind the bounded gate's.
-    M: tl.constexpr = 1 if LOWER != 0 else 5
-    behind = sum_matrix(sums_ptr, 4, C)
-    sum0 = sum_matrix(sums_ptr, 0, C)
-    sum1 = sum_matrix(sums_ptr, M, C)
-    sum2 = sum_matrix(sums_ptr, M + 1, C)
-    sum3 = sum_matrix(sums_ptr, M + 2, C)
+    N: tl.constexpr = 2 if LOWER != 0 else 6
+    until = sum_matrix(sums_ptr, 0, C)
+    behind = sum_matrix(sums_ptr, 1, C)
+    sum0 = sum_matrix(sums_ptr, N, C)
+    sum1 = sum_matrix(sums_ptr, N + 1, C)
+    sum2 = sum_matrix(sums_ptr, N + 2, C)
+    sum3 = sum_matrix(sums_ptr, N + 3, C)
     if LOWER == 0:
-        sum4 = sum_matrix(sums_ptr, 8, C)
-        sum5 = sum_matrix(sums_ptr, 9, C)
-        sum6 = sum_matrix(sums_ptr, 10, C)
+        sum4 = sum_matrix(sums_ptr, 10, C)
+        sum5 = sum_matrix(sums_ptr, 11, C)
     A = tl.zeros([C, C], tl.float32)
     L = tl.zeros([C, C], tl.float32)
     A0 = tl.zeros([C, 16], tl.float32)
@@ -203,7 +190,7 @@ def prepare_kernel(
     L2 = tl.zeros([C, 16], tl.float32)
     L3 = tl.zeros([C, 16], tl.float32)
     at = (c * H + h) * C * K
-    for first in range(0, K, BK):
+    for first in tl.range(0, K, BK):
         cols = first + tl.arange(0, BK)
         mask = valid[:, None] & (cols < K)[None, :]
         bias = tl.load(dt_bias_ptr + h * K + cols)
@@ -212,52 +199,85 @@ def prepare_kernel(
         k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         q *= q_inv[:, None]
         k *= k_inv[:, None]
-        out = at + i * K + cols[None, :]
-        x = tl.dot(sum0, g, input_precision=PRECISION)
-        whole = exp2(x, FAST)
+        out = at + j * K + cols[None, :]
+        whole = exp2(tl.dot(until, g, input_precision=PRECISION), FAST)
         tl.store(qd_ptr + out, (q * whole).to(OP))
         tl.store(kd_ptr + out, (k * whole).to(OP))
+        tl.store(decay_ptr + (c * H + h) * K + 0 * j + cols[None, :], whole, mask=(j == C - 1) & (cols < K)[None, :])
         tail = exp2(tl.dot(behind, g, input_precision=PRECISION), FAST)
         tl.store(kt_ptr + out, (k * tail).to(OP))
-        tl.store(decay_ptr + (c * H + h) * K + 0 * i + cols[None, :], whole, mask=(i == C - 1) & (cols < K)[None, :])
         if LOWER != 0:
-            A0, L0 = panel(A0, L0, q, k, x, g, k_ptr, k_stride, start, length, cols, 0, OP, PRECISION, FAST)
-            x = tl.dot(sum1, g, input_precision=PRECISION)
-            A1, L1 = panel(A1, L1, q, k, x, g, k_ptr, k_stride, start, length, cols, 16, OP, PRECISION, FAST)
-            x = tl.dot(sum2, g, input_precision=PRECISION)
-            A2, L2 = panel(A2, L2, q, k, x, g, k_ptr, k_stride, start, length, cols, 32, OP, PRECISION, FAST)
-            x = tl.dot(sum3, g, input_precision=PRECISION)
-            A3, L3 = panel(A3, L3, q, k, x, g, k_ptr, k_stride, start, length, cols, 48, OP, PRECISION, FAST)
+            A0, L0 = panel(
+                A0, L0, k, g, sum0, q_ptr, k_ptr, q_stride, k_stride, start, length, cols, 0, OP, PRECISION, FAST
+            )
+            A1, L1 = panel(
+                A1, L1, k, g, sum1, q_ptr, k_ptr, q_stride, k_stride, start, length, cols, 16, OP, PRECISION, FAST
+            )
+            A2, L2 = panel(
+                A2, L2, k, g, sum2, q_ptr, k_ptr, q_stride, k_stride, start, length, cols, 32, OP, PRECISION, FAST
+            )
+            A3, L3 = panel(
+                A3, L3, k, g, sum3, q_ptr, k_ptr, q_stride, k_stride, start, length, cols, 48, OP, PRECISION, FAST
+            )
         else:
-            A, L = meet(A, L, q, k, g, sum1, rows, 0, OP, PRECISION, FAST)
-            A, L = meet(A, L, q, k, g, sum2, rows, 1, OP, PRECISION, FAST)
-            A, L = meet(A, L, q, k, g, sum3, rows, 2, OP, PRECISION, FAST)
-            A, L = meet(A, L, q, k, g, sum4, rows, 3, OP, PRECISION, FAST)
-            A, L = meet(A, L, q, k, g, sum5, rows, 4, OP, PRECISION, FAST)
-            A, L = meet(A, L, q, k, g, sum6, rows, 5, OP, PRECISION, FAST)
+            A, L = meet(A, L, q, k, g, sum0, rows, 0, OP, PRECISION, FAST)
+            A, L = meet(A, L, q, k, g, sum1, rows, 1, OP, PRECISION, FAST)
+            A, L = meet(A, L, q, k, g, sum2, rows, 2, OP, PRECISION, FAST)
+            A, L = meet(A, L, q, k, g, sum3, rows, 3, OP, PRECISION, FAST)
+            A, L = meet(A, L, q, k, g, sum4, rows, 4, OP, PRECISION, FAST)
+            A, L = meet(A, L, q, k, g, sum5, rows, 5, OP, PRECISION, FAST)
             A += tl.where(i == j, tl.sum(q * k, 1)[:, None], 0.0)
+    b = write_strength(beta_ptr + tokens * beta_stride + h, valid, FAST)
+    A_ptr += (c * H + h) * C * C
+    L_ptr += (c * H + h) * C * C
     if LOWER != 0:
-        A = place(place(A, A0, rows, 0, OP, PRECISION), A1, rows, 16, OP, PRECISION)
-        A = place(place(A, A2, rows, 32, OP, PRECISION), A3, rows, 48, OP, PRECISION)
-        A = tl.where(i >= j, A * k_inv[None, :], 0.0)
-        L = place(place(L, L0, rows, 0, OP, PRECISION), L1, rows, 16, OP, PRECISION)
-        L = place(place(L, L2, rows, 32, OP, PRECISION), L3, rows, 48, OP, PRECISION)
-        L = tl.where(i > j, L * k_inv[None, :], 0.0)
-    L *= write_strength(beta_ptr + tokens * beta_stride + h, valid, FAST)[:, None]
-    square = (c * H + h) * C * C + i * C + j
-    tl.store(A_ptr + square, A.to(OP))
-    if KEEP_L:
-        tl.store(L_ptr + square, L.to(OP))
-    tl.store(T_ptr + square, invert(L, rows, C, INV, PRECISION).to(OP))
+        b *= k_inv
+        write_panel(A_ptr, L_ptr, A0, L0, q_inv, b, rows, 0, C)
+        write_panel(A_ptr, L_ptr, A1, L1, q_inv, b, rows, 16, C)
+        write_panel(A_ptr, L_ptr, A2, L2, q_inv, b, rows, 32, C)
+        write_panel(A_ptr, L_ptr, A3, L3, q_inv, b, rows, 48, C)
+    else:
+        tl.store(A_ptr + i * C + j, A.to(A_ptr.dtype.element_ty))
+        tl.store(L_ptr + i * C + j, (L * b[None, :]).to(L_ptr.dtype.element_ty))
+
+
+@triton.jit
+def solve_kernel(
+    L_ptr, beta_ptr, chunks_ptr, M_ptr, T_ptr, b_ptr, beta_stride,
+    H: tl.constexpr, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """T = (I + L)^-1 and M = T diag(b) [C, C] of a chunk, in the inputs' dtype; one program a (head, chunk).
+
+    KEEP stores T too, and b [chunks, H, C] in float32: the backward reads them. By blocks of 2, 4, ... C: T <- T - T L_block T. Every intermediate is
+    the inverse of a diagonal block, whose entries lie within 1 for KDA (a block of the delta rule maps unit values to
+    errors no larger), so nothing is cancelled, unlike in a power series.
+    """
+    h = tl.program_id(0)
+    c = tl.program_id(1).to(tl.int64)
+    rows = tl.arange(0, C)
+    valid = rows < tl.load(chunks_ptr + 2 * c + 1)
+    tokens = tl.load(chunks_ptr + 2 * c).to(tl.int64) + rows
+    square = (c * H + h) * C * C + rows[:, None] * C + rows[None, :]
+    L = tl.load(L_ptr + square)
+    T = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0) - tl.where(level_mask(rows, 1), L, 0.0).to(tl.float32)
+    for n in tl.static_range(1, 6):
+        if C > 2**n:
+            block = tl.where(level_mask(rows, 2**n), L, 0.0)
+            Y = tl.dot(block, T.to(L.dtype), input_precision=PRECISION)
+            T -= tl.dot(T.to(L.dtype), Y.to(L.dtype), input_precision=PRECISION)
+    b = write_strength(beta_ptr + tokens * beta_stride + h, valid, FAST)
+    tl.store(M_ptr + square, (T * b[None, :]).to(OP))
+    if KEEP:
+        tl.store(T_ptr + square, T.to(OP))
+        tl.store(b_ptr + (c * H + h) * C + rows, b)
 
 
 @triton.jit
 def scan_kernel(
-    qd_ptr, kd_ptr, kt_ptr, A_ptr, T_ptr, decay_ptr, v_ptr, beta_ptr, o_ptr, first_ptr, last_ptr, new_ptr, states_ptr,
-    chunks_ptr, segments_ptr, jobs_ptr,
-    v_stride, beta_stride,
+    qd_ptr, kd_ptr, kt_ptr, A_ptr, M_ptr, decay_ptr, v_ptr, o_ptr, first_ptr, last_ptr, new_ptr, states_ptr,
+    segments_ptr, jobs_ptr, v_stride,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, MAP: tl.constexpr, SEGMENTED: tl.constexpr, HAS_FIRST: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr, MAP: tl.constexpr, SEGMENTED: tl.constexpr, HAS_FIRST: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Run a segment chunk by chunk, BV columns of the state at a time; the state [K, BV] stays in registers.
@@ -276,11 +296,13 @@ def scan_kernel(
     if MAP:
         segment = tl.load(jobs_ptr + 2 * job)
         part = tl.load(jobs_ptr + 2 * job + 1)
-    sequence = tl.load(segments_ptr + 5 * segment)
-    begin = tl.load(segments_ptr + 5 * segment + 1)
-    count = tl.load(segments_ptr + 5 * segment + 2)
-    begins = tl.load(segments_ptr + 5 * segment + 3)
-    ends = tl.load(segments_ptr + 5 * segment + 4)
+    sequence = tl.load(segments_ptr + 7 * segment)
+    begin = tl.load(segments_ptr + 7 * segment + 1)
+    count = tl.load(segments_ptr + 7 * segment + 2)
+    begins = tl.load(segments_ptr + 7 * segment + 3)
+    ends = tl.load(segments_ptr + 7 * segment + 4)
+    start = tl.load(segments_ptr + 7 * segment + 5).to(tl.int64)
+    end = tl.load(segments_ptr + 7 * segment + 6)
     rows = tl.arange(0, C)
     keys = tl.arange(0, K)
     inside = (keys[:, None] < K) & (cols < V)[None, :]
@@ -300,26 +322,22 @@ def scan_kernel(
     for n in tl.range(0, count, num_stages=STAGES):
         c = (begin + n).to(tl.int64)
         at = c * H + h
-        start = tl.load(chunks_ptr + 2 * c).to(tl.int64)
-        length = tl.load(chunks_ptr + 2 * c + 1)
-        valid = rows < length
-        tokens = start + rows
+        tokens = start + n * C + rows
+        seen = (tokens < end)[:, None] & (cols < V)[None, :]
+        given = (tokens < end)[:, None] & (cols < V * (1 - part))[None, :]  # a map's matrix is made without values
         kd = tl.load(kd_ptr + at * C * K + rows[:, None] * K + keys[None, :])
         kt = tl.load(kt_ptr + at * C * K + rows[:, None] * K + keys[None, :])
-        T = tl.load(T_ptr + at * C * C + rows[:, None] * C + rows[None, :])
+        M = tl.load(M_ptr + at * C * C + rows[:, None] * C + rows[None, :])
         decay = tl.load(decay_ptr + at * K + keys)
-        b = write_strength(beta_ptr + tokens * beta_stride + h, valid, FAST)
-        seen = valid[:, None] & (cols < V)[None, :]
-        given = valid[:, None] & (cols < V * (1 - part))[None, :]  # the matrix of a map is made without values
         v = tl.load(v_ptr + tokens[:, None] * v_stride + cols[None, :], mask=given, other=0.0)
         S_op = S.to(OP)
         if KEEP:
             tl.store(states_ptr + at * K * V + here, S_op, mask=inside)
-        error = v.to(tl.float32) - tl.dot(kd, S_op, input_precision=PRECISION)
-        X = (b[:, None] * error).to(OP)
-        new = tl.dot(T, X, input_precision=PRECISION).to(OP)
+        X = v.to(tl.float32) - tl.dot(kd, S_op, input_precision=PRECISION)
+        new = tl.dot(M, X.to(OP), input_precision=PRECISION).to(OP)
         if KEEP:
-            tl.store(new_ptr + at * C * V + rows[:, None] * V + cols[None, :], new, mask=(rows[:, None] < C) & (cols < V)[None, :])
+            to = new_ptr + at * C * V + rows[:, None] * V + cols[None, :]
+            tl.store(to, new, mask=(rows[:, None] < C) & (cols < V)[None, :])
         if OUTPUT:
             qd = tl.load(qd_ptr + at * C * K + rows[:, None] * K + keys[None, :])
             A = tl.load(A_ptr + at * C * C + rows[:, None] * C + rows[None, :])
@@ -340,14 +358,21 @@ def scan_kernel(
 def combine_kernel(
     maps_ptr, first_ptr, states_ptr, spans_ptr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each segment's first state [segments, H, K, V] from the maps; one program a (column block, head, sequence)."""
+    """Each segment's first state [segments, H, K, V] from the maps; one program a (column block, head, sequence).
+
+    REVERSE: segments from a sequence's last to its first, as the backward scans them.
+    """
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     h = tl.program_id(1)
     sequence = tl.program_id(2)
-    begin = tl.load(spans_ptr + 2 * sequence)
+    segment = tl.load(spans_ptr + 2 * sequence)
     count = tl.load(spans_ptr + 2 * sequence + 1)
+    step = 1
+    if REVERSE:
+        segment += count - 1
+        step = -1
     keys = tl.arange(0, K)
     inside = (keys[:, None] < K) & (cols < V)[None, :]
     D: tl.constexpr = max(K, V)
@@ -355,14 +380,14 @@ def combine_kernel(
     S = tl.zeros([K, BV], tl.float32)
     if HAS_FIRST:
         S = tl.load(first_ptr + (sequence * H + h).to(tl.int64) * K * V + here, mask=inside, other=0.0)
-    tl.store(states_ptr + (begin * H + h).to(tl.int64) * K * V + here, S, mask=inside)
+    tl.store(states_ptr + (segment * H + h).to(tl.int64) * K * V + here, S, mask=inside)
     for n in range(0, count - 1):
-        at = ((begin + n) * H + h).to(tl.int64)
-        whole = maps_ptr + at * 2 * K * D
+        whole = maps_ptr + (segment * H + h).to(tl.int64) * 2 * K * D
         made = tl.load(whole + keys[:, None] * D + cols[None, :], mask=inside, other=0.0)
         if n == 0:
             S = made
         else:
             M = tl.load(whole + K * D + keys[:, None] * D + keys[None, :])
             S = tl.dot(M, S, made, input_precision=PRECISION)
-        tl.store(states_ptr + (at + H) * K * V + here, S, mask=inside)
+        segment += step
+        tl.store(states_ptr + (segment * H + h).to(tl.int64) * K * V + here, S, mask=inside)

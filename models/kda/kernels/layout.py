@@ -22,10 +22,13 @@ class Layout:
     chunks: Tensor
     """[chunks, 2]: first token, number of tokens."""
     segments: Tensor
-    """[segments, 5]: sequence, first chunk, number of chunks, 1 if it begins its sequence, 1 if it ends it."""
+    """[segments, 7]: sequence, first chunk, number of chunks, 1 if it begins its sequence, 1 if it ends it, its first
+    token, its sequence's end."""
     jobs: Tensor
     """[jobs, 2]: segment and part of a map to compute; part 0 is the state that it makes of its first (zero unless it
     begins the sequence), part 1 the matrix it multiplies a state by. None for a sequence's last segment."""
+    jobs_back: Tensor
+    """The same for the backward, where a sequence begins at its last segment."""
     spans: Tensor
     """[sequences, 2]: first segment, number of segments."""
 
@@ -43,7 +46,7 @@ def dense(batch: int, tokens: int) -> tuple[int, ...]:
 def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
     """Cut the sequences that begin at ``starts`` (the end behind them) into chunks and at most ``segments`` segments
     each."""
-    chunks, pieces, jobs, spans = [], [], [], []
+    chunks, pieces, jobs, jobs_back, spans = [], [], [], [], []
     for n, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         first = len(chunks)
         chunks += [(at, min(CHUNK, end - at)) for at in range(start, end, CHUNK)]
@@ -54,27 +57,40 @@ def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
         for at in cuts:
             length = min(span, first + count - at)
             last = at == cuts[-1]
-            if not last:
-                jobs += [(len(pieces), part) for part in ((0,) if at == first else (0, 1))]
-            pieces.append((n, at, length, int(at == first), int(last)))
-    tables = (chunks or [(0, 0)], pieces, jobs or [(0, 0)], spans)
-    on_device = [torch.tensor(table, dtype=torch.int32, device=device) for table in tables]
-    return Layout(
-        sequences=len(starts) - 1, chunks=on_device[0], segments=on_device[1], jobs=on_device[2], spans=on_device[3]
-    )
+            for begins, ends, found in ((at == first, last, jobs), (last, at == first, jobs_back)):
+                if not ends:
+                    found += [(len(pieces), part) for part in ((0,) if begins else (0, 1))]
+            pieces.append((n, at, length, int(at == first), int(last), start + (at - first) * CHUNK, end))
+    none = [(0, 0)]
+    tables = {
+        "chunks": chunks or none,
+        "segments": pieces,
+        "jobs": jobs or none,
+        "jobs_back": jobs_back or none,
+        "spans": spans,
+    }
+    on_device = {name: torch.tensor(table, dtype=torch.int32, device=device) for name, table in tables.items()}
+    return Layout(sequences=len(starts) - 1, **on_device)
 
 
 @lru_cache(maxsize=16)
 def sum_matrices(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0/1 matrices [11, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of the chunk's products.
+    """0, 1 and -1 matrices [12, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of a chunk's products.
 
-    0 to 3: row i sums the tokens from 16 n to i, n = 0 to 3. 4: the tokens behind i. 5 + n: where half-blocks of
-    2^n tokens meet, in pairs: a row of the later half sums from the half's start to itself, a row of the earlier one
-    from behind itself to its end.
+    0: row i sums the tokens up to i. 1: those behind i. 2 + n: from behind i to just before the n-th block of 16 for
+    rows before the block; minus the block's tokens up to i for rows in it; nothing for rows after it. 6 + n: where
+    half-blocks of 2^n tokens meet, in pairs: a row of the later half sums from the half's start to itself, a row of
+    the earlier one from behind itself to its end.
     """
     i, s = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
-    found = [(s >= 16 * n) & (s <= i) for n in range(4)] + [s > i]
+    found = [(s <= i).float(), (s > i).float()]
+    for n in range(4):
+        start = 16 * n
+        before = (i < start) & (s > i) & (s < start)
+        inside = (i // 16 == n) & (s >= start) & (s <= i)
+        found.append(before.float() - inside.float())
     for n in range(6):
         half = 2**n
-        found.append((s // half == i // half) & torch.where(i // half % 2 == 1, s <= i, s > i))
+        meet = torch.where(i // half % 2 == 1, s <= i, s > i)
+        found.append((meet & (s // half == i // half)).float())
     return torch.stack(found).to(device, dtype)

@@ -16,12 +16,24 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 CONFIGS: dict[str, dict[str, int]] = {
     "prepare": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "solve": {"num_warps": 4, "num_stages": 1},
     "map": {"BV": 128, "num_warps": 8, "STAGES": 2},
     "combine": {"BV": 32, "num_warps": 4},
     "scan": {"BV": 128, "num_warps": 8, "STAGES": 2},
+    "reverse_map": {"BV": 64, "num_warps": 4, "STAGES": 2},
+    "reverse": {"BV": 64, "num_warps": 4, "STAGES": 1},
+    "products": {"num_warps": 4, "num_stages": 1},
+    "states": {"BK": 64, "num_warps": 4, "num_stages": 1},
+    "rows": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "norms": {"BT": 16, "num_warps": 4},
     "step": {"BV": 32, "num_warps": 4},
 }
 """Fixed, so that a first call costs seconds. Chosen on an H200; the figures are in models/README.md."""
+
+
+def config(kernel: str, **limits: int) -> dict[str, int]:
+    """The kernel's configuration, no block wider than the dimension that it cuts."""
+    return {name: min(value, limits.get(name, value)) for name, value in CONFIGS[kernel].items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +59,7 @@ class Plan:
 
     @property
     def gate(self) -> dict[str, Any]:
-        return {"LOWER": self.lower, "SUM": tl.float16 if self.low else tl.float32}
+        return {"LOWER": self.lower, "SUM": tl.float16 if self.low else tl.float32, "FAST": self.fast}
 
     @property
     def products(self) -> dict[str, Any]:
@@ -55,7 +67,6 @@ class Plan:
         return {
             "OP": tl.bfloat16 if self.low else tl.float32,
             "PRECISION": "tf32" if self.low else "ieee",
-            "FAST": self.fast,
         }
 
 

@@ -1,0 +1,303 @@
+"""KDA backward on a GPU: the forward's parts again, then a scan from the end, then every chunk by itself.
+
+reverse   the gradient R of the state, from a sequence's last chunk to its first, in segments like the forward's scan:
+              dV' = A_qk^T dO + Kt R     W = T^T dV'     dV = b W
+              R  <- diag(exp G_C) R + Q^T dO - K^T (b W)
+products  dA_qk = lower(dO V'^T)     d(diag(b) A_kk) = -strictlower(W V'^T)     dbeta = (1 - b) sum_v W V'
+states    dQ = dO S^T     dK = -(b W) S^T     dKt = V' R^T     of a chunk's first state S and the R behind it
+rows      from these to q, k (normalised) and the gate input; with r = decay from j to i, dP = diag(b) dL:
+              dq_i = sum_j dA_ij k_j r + exp(G_i) dQ_i       a_i = sum_j dP_ij k_j r + exp(G_i) dK_i
+              c_j = sum_i (dP_ij k_i + dA_ij q_i) r + exp(G_C - G_j) dKt_j       dk = a + c
+              dG = q dq + k a - k c, at the chunk's last token also what decays the state; dg = its sum from the end
+norms     through the L2 norms, and the sum over the heads that share a k head.
+
+That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
+"""
+
+import triton
+import triton.language as tl
+
+from models.kda.kernels.forward import exp2, gate_slice, inverse_norm, level_mask, sigmoid, sum_matrix
+
+
+@triton.jit
+def reverse_kernel(
+    qd_ptr, kd_ptr, kt_ptr, A_ptr, T_ptr, decay_ptr, b_ptr, do_ptr, first_ptr, last_ptr, dv_ptr, w_ptr, states_ptr,
+    segments_ptr, jobs_ptr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr, MAP: tl.constexpr, SEGMENTED: tl.constexpr, HAS_FIRST: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Run a segment from its last chunk to its first; forward.scan_kernel mirrored, R [K, BV] in registers.
+
+    do: [tokens, H, V]. Without MAP: dv [tokens, H, V], W [chunks, H, C, V] and the R behind each chunk [chunks, H, K,
+    V], all in the inputs' dtype; last_ptr gets the initial states' gradient [sequences, H, K, V], float32.
+    """
+    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    h = tl.program_id(1)
+    job = tl.program_id(2)
+    part = job * 0
+    segment = job
+    if MAP:
+        segment = tl.load(jobs_ptr + 2 * job)
+        part = tl.load(jobs_ptr + 2 * job + 1)
+    sequence = tl.load(segments_ptr + 7 * segment)
+    begin = tl.load(segments_ptr + 7 * segment + 1)
+    count = tl.load(segments_ptr + 7 * segment + 2)
+    begins = tl.load(segments_ptr + 7 * segment + 3)
+    ends = tl.load(segments_ptr + 7 * segment + 4)
+    start = tl.load(segments_ptr + 7 * segment + 5).to(tl.int64)
+    end = tl.load(segments_ptr + 7 * segment + 6)
+    rows = tl.arange(0, C)
+    keys = tl.arange(0, K)
+    inside = (keys[:, None] < K) & (cols < V)[None, :]
+    here = keys[:, None] * V + cols[None, :]
+    R = tl.zeros([K, BV], tl.float32)
+    if HAS_FIRST:
+        if MAP:
+            known = (keys[:, None] < K) & (cols < V * ends * (1 - part))[None, :]
+            R = tl.load(first_ptr + (sequence * H + h).to(tl.int64) * K * V + here, mask=known, other=0.0)
+        else:
+            index = segment if SEGMENTED else sequence
+            R = tl.load(first_ptr + (index * H + h).to(tl.int64) * K * V + here, mask=inside, other=0.0)
+    if MAP:
+        R += tl.where(keys[:, None] == cols[None, :], part.to(tl.float32), 0.0)
+    for n in tl.range(0, count, num_stages=STAGES):
+        c = (begin + count - 1 - n).to(tl.int64)
+        at = c * H + h
+        tokens = start + (count - 1 - n) * C + rows
+        given = (tokens < end)[:, None] & (cols < V * (1 - part))[None, :]
+        there = (tokens[:, None] * H + h) * V + cols[None, :]
+        qd = tl.load(qd_ptr + at * C * K + rows[:, None] * K + keys[None, :])
+        kd = tl.load(kd_ptr + at * C * K + rows[:, None] * K + keys[None, :])
+        kt = tl.load(kt_ptr + at * C * K + rows[:, None] * K + keys[None, :])
+        A = tl.load(A_ptr + at * C * C + rows[:, None] * C + rows[None, :])
+        T = tl.load(T_ptr + at * C * C + rows[:, None] * C + rows[None, :])
+        decay = tl.load(decay_ptr + at * K + keys)
+        b = tl.load(b_ptr + at * C + rows)
+        do = tl.load(do_ptr + there, mask=given, other=0.0)
+        R_op = R.to(OP)
+        new = tl.dot(tl.trans(A), do, input_precision=PRECISION)
+        new = tl.dot(kt, R_op, new, input_precision=PRECISION)
+        w = tl.dot(tl.trans(T), new.to(OP), input_precision=PRECISION)
+        bw = b[:, None] * w
+        if not MAP:
+            seen = (tokens < end)[:, None] & (cols < V)[None, :]
+            tl.store(states_ptr + at * K * V + here, R_op, mask=inside)
+            to = at * C * V + rows[:, None] * V + cols[None, :]
+            tl.store(w_ptr + to, w.to(OP), mask=(rows[:, None] < C) & (cols < V)[None, :])
+            tl.store(dv_ptr + there, bw.to(OP), mask=seen)
+        R = tl.dot(tl.trans(qd), do, R * decay[:, None], input_precision=PRECISION)
+        R = tl.dot(tl.trans(kd), (-bw).to(OP), R, input_precision=PRECISION)
+    if MAP:
+        D: tl.constexpr = max(K, V)
+        to = ((segment * H + h) * 2 + part).to(tl.int64) * K * D + keys[:, None] * D + cols[None, :]
+        tl.store(last_ptr + to, R, mask=(keys[:, None] < K) & (cols < D)[None, :])
+    elif begins:
+        tl.store(last_ptr + (sequence * H + h).to(tl.int64) * K * V + here, R, mask=inside)
+
+
+@triton.jit
+def products_kernel(
+    do_ptr, new_ptr, w_ptr, b_ptr, chunks_ptr, dA_ptr, dP_ptr, dbeta_ptr,
+    H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dA_qk and dP [chunks, H, C, C], dbeta [tokens, H], in the inputs' dtype; one program a (head, chunk)."""
+    h = tl.program_id(0)
+    c = tl.program_id(1).to(tl.int64)
+    at = c * H + h
+    rows = tl.arange(0, C)
+    cols = tl.arange(0, V)
+    i = rows[:, None]
+    j = rows[None, :]
+    tokens = tl.load(chunks_ptr + 2 * c).to(tl.int64) + rows
+    valid = rows < tl.load(chunks_ptr + 2 * c + 1)
+    there = (tokens[:, None] * H + h) * V + cols[None, :]
+    do = tl.load(do_ptr + there, mask=valid[:, None] & (cols < V)[None, :], other=0.0)
+    new = tl.load(new_ptr + at * C * V + i * V + cols[None, :])
+    w = tl.load(w_ptr + at * C * V + i * V + cols[None, :])
+    b = tl.load(b_ptr + at * C + rows)
+    square = at * C * C + i * C + j
+    dA = tl.dot(do, tl.trans(new), input_precision=PRECISION)
+    tl.store(dA_ptr + square, tl.where(i >= j, dA, 0.0).to(OP))
+    dP = tl.dot(w, tl.trans(new), input_precision=PRECISION) * -b[:, None]
+    tl.store(dP_ptr + square, tl.where(i > j, dP, 0.0).to(OP))
+    dbeta = (1.0 - b) * tl.sum(w.to(tl.float32) * new.to(tl.float32), 1)
+    tl.store(dbeta_ptr + tokens * H + h, dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def states_kernel(
+    do_ptr, new_ptr, w_ptr, b_ptr, S_ptr, R_ptr, decay_ptr, chunks_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    OP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK, dKt [chunks, H, C, K] in the inputs' dtype, and dG_C by the state's decay [chunks, H, K], float32.
+
+    One program a (block of BK keys, head, chunk).
+    """
+    keys = tl.program_id(0) * BK + tl.arange(0, BK)
+    h = tl.program_id(1)
+    c = tl.program_id(2).to(tl.int64)
+    at = c * H + h
+    rows = tl.arange(0, C)
+    cols = tl.arange(0, V)
+    tokens = tl.load(chunks_ptr + 2 * c).to(tl.int64) + rows
+    valid = rows < tl.load(chunks_ptr + 2 * c + 1)
+    state = at * K * V + keys[:, None] * V + cols[None, :]
+    S = tl.load(S_ptr + state)
+    R = tl.load(R_ptr + state)
+    dlast = tl.sum(S.to(tl.float32) * R.to(tl.float32), 1) * tl.load(decay_ptr + at * K + keys)
+    tl.store(dlast_ptr + at * K + keys, dlast)
+    there = (tokens[:, None] * H + h) * V + cols[None, :]
+    do = tl.load(do_ptr + there, mask=valid[:, None] & (cols < V)[None, :], other=0.0)
+    out = at * C * K + rows[:, None] * K + keys[None, :]
+    tl.store(dqd_ptr + out, tl.dot(do, tl.trans(S), input_precision=PRECISION).to(OP))
+    w = tl.load(w_ptr + at * C * V + rows[:, None] * V + cols[None, :])
+    b = tl.load(b_ptr + at * C + rows)
+    tl.store(dkd_ptr + out, (tl.dot(w, tl.trans(S), input_precision=PRECISION) * -b[:, None]).to(OP))
+    new = tl.load(new_ptr + at * C * V + rows[:, None] * V + cols[None, :])
+    tl.store(dkt_ptr + out, tl.dot(new, tl.trans(R), input_precision=PRECISION).to(OP))
+
+
+@triton.jit
+def unmeet(dq, a, c, q, k, later, earlier, dA, dP, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """Add one level's part to dq, a (rows) and c (columns): A_ij = sum_d q_i later_i k_j earlier_j where dA is not 0."""
+    columns = (k * earlier).to(OP)
+    dq += later * tl.dot(dA, columns, input_precision=PRECISION)
+    a += later * tl.dot(dP, columns, input_precision=PRECISION)
+    back = tl.dot(tl.trans(dA), (q * later).to(OP), input_precision=PRECISION)
+    back = tl.dot(tl.trans(dP), (k * later).to(OP), back, input_precision=PRECISION)
+    c += earlier * back
+    return dq, a, c
+
+
+@triton.jit
+def unmeet_level(
+    dq, a, c, q, k, g, sums_ptr, dA, dP, rows, N: tl.constexpr,
+    C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The level of half-blocks of 2^N tokens; forward.meet mirrored."""
+    E = exp2(tl.dot(sum_matrix(sums_ptr, 6 + N, C), g, input_precision=PRECISION), FAST)
+    mask = level_mask(rows, 2**N)
+    zero = tl.zeros([C, C], OP)
+    return unmeet(dq, a, c, q, k, E, E, tl.where(mask, dA, zero), tl.where(mask, dP, zero), OP, PRECISION)
+
+
+@triton.jit
+def rows_kernel(
+    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr,
+    dA_ptr, dP_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
+    q_stride, k_stride, g_stride, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    LOWER: tl.constexpr, EPS: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the normalised q and k and of the gate input [tokens, H, K], in the inputs' dtype, and of A_log and
+    dt_bias summed over the chunk [chunks, H, K], float32 (A_log's still to be summed over K).
+
+    One program a (block of BK keys, head, chunk).
+    """
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    h = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    at = n * H + h
+    start = tl.load(chunks_ptr + 2 * n).to(tl.int64)
+    rows = tl.arange(0, C)
+    valid = rows < tl.load(chunks_ptr + 2 * n + 1)
+    tokens = start + rows
+    i = rows[:, None]
+    j = rows[None, :]
+    mask = valid[:, None] & (cols < K)[None, :]
+    q_ptr += h * K
+    k_ptr += (h // GROUP) * K
+    A_log = tl.load(A_log_ptr + h)
+    rate = tl.exp(tl.minimum(A_log, 30.0))
+    bias = tl.load(dt_bias_ptr + h * K + cols)
+    there = tokens[:, None] * g_stride + h * K + cols[None, :]
+    g = gate_slice(g_ptr, there, mask, bias, rate, LOWER, SUM, FAST)
+    q = tl.load(q_ptr + tokens[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    q *= (inverse_norm(q_ptr, q_stride, tokens, valid, K, EPS) * scale)[:, None]
+    k *= inverse_norm(k_ptr, k_stride, tokens, valid, K, EPS)[:, None]
+    dA = tl.load(dA_ptr + at * C * C + i * C + j)
+    dP = tl.load(dP_ptr + at * C * C + i * C + j)
+    wide = at * C * K + i * K + cols[None, :]
+    whole = exp2(tl.dot(sum_matrix(sums_ptr, 0, C), g, input_precision=PRECISION), FAST)
+    dq = whole * tl.load(dqd_ptr + wide).to(tl.float32)
+    a = whole * tl.load(dkd_ptr + wide).to(tl.float32)
+    tail = exp2(tl.dot(sum_matrix(sums_ptr, 1, C), g, input_precision=PRECISION), FAST)
+    c = tail * tl.load(dkt_ptr + wide).to(tl.float32)
+    dlast = tl.sum(k * c, 0) + tl.load(dlast_ptr + at * K + cols)
+    zero = tl.zeros([C, C], OP)
+    if LOWER != 0:
+        dq, a, c = unmeet_level(dq, a, c, q, k, g, sums_ptr, dA, dP, rows, 5, C, OP, PRECISION, FAST)
+        dq, a, c = unmeet_level(dq, a, c, q, k, g, sums_ptr, dA, dP, rows, 4, C, OP, PRECISION, FAST)
+        # A block of 16 relative to its start: at most exp(80), of which both sides take half.
+        same = i // 16 == j // 16
+        x = tl.dot((same & (j <= i)).to(SUM), g, input_precision=PRECISION)
+        dA = tl.where(same, dA, zero)
+        dP = tl.where(same, dP, zero)
+        dq, a, c = unmeet(dq, a, c, q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST), dA, dP, OP, PRECISION)
+    else:
+        for level in tl.static_range(0, 6):
+            dq, a, c = unmeet_level(dq, a, c, q, k, g, sums_ptr, dA, dP, rows, level, C, OP, PRECISION, FAST)
+        own = tl.sum(tl.where(i == j, dA.to(tl.float32), 0.0), 1)[:, None]
+        dq += own * k
+        c += own * q
+    dG = q * dq + k * (a - c) + tl.where(i == C - 1, dlast[None, :], 0.0)
+    out = (tokens[:, None] * H + h) * K + cols[None, :]
+    tl.store(dq_ptr + out, (scale * dq).to(OP), mask=mask)
+    tl.store(dk_ptr + out, (a + c).to(OP), mask=mask)
+    # The sum from the end, of which much cancels: in two halves of the operands' precision.
+    until_end = (j >= i).to(OP)
+    high = dG.to(OP)
+    dg = tl.dot(until_end, high, input_precision=PRECISION)
+    dg = tl.dot(until_end, (dG - high.to(tl.float32)).to(OP), dg, input_precision=PRECISION)
+    x = tl.load(g_ptr + there, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if LOWER != 0:
+        s = sigmoid(rate * LOG2E * x, FAST)
+        slope = LOWER * s * (1.0 - s) * dg
+        dx = rate * slope
+        drate = dx * x
+    else:
+        dx = -rate * sigmoid(LOG2E * x, FAST) * dg
+        drate = dg * (-rate * (tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))))
+    dx = tl.where(mask, dx, 0.0)
+    drate = tl.where(mask, drate, 0.0) * tl.where(A_log <= 30.0, 1.0, 0.0)
+    tl.store(dg_ptr + out, dx.to(OP), mask=mask)
+    tl.store(drate_ptr + at * K + cols, tl.sum(drate, 0))
+    tl.store(dbias_ptr + at * K + cols, tl.sum(dx, 0))
+
+
+@triton.jit
+def unnormalise(x, dx, EPS: tl.constexpr):
+    """Gradient of x given that of x / sqrt(|x|^2 + EPS), row by row."""
+    inverse = tl.rsqrt(tl.sum(x * x, 1) + EPS)[:, None]
+    unit = x * inverse
+    return inverse * (dx - unit * tl.sum(unit * dx, 1)[:, None])
+
+
+@triton.jit
+def norms_kernel(
+    q_ptr, k_ptr, dq_ptr, dk_ptr, to_q_ptr, to_k_ptr, tokens_count, q_stride, k_stride,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of the normalised q and k [tokens, H, K] to those of q [tokens, H, K] and k [tokens, H /
+    GROUP, K]; one program a (block of BT tokens, k head)."""
+    tokens = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    hk = tl.program_id(1)
+    cols = tl.arange(0, K)
+    mask = (tokens < tokens_count)[:, None] & (cols < K)[None, :]
+    dk = tl.zeros([BT, K], tl.float32)
+    for n in range(0, GROUP):
+        h = hk * GROUP + n
+        there = (tokens[:, None] * H + h) * K + cols[None, :]
+        q = tl.load(q_ptr + tokens[:, None] * q_stride + h * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        dq = tl.load(dq_ptr + there, mask=mask, other=0.0).to(tl.float32)
+        tl.store(to_q_ptr + there, unnormalise(q, dq, EPS).to(to_q_ptr.dtype.element_ty), mask=mask)
+        dk += tl.load(dk_ptr + there, mask=mask, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + tokens[:, None] * k_stride + hk * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    there = (tokens[:, None] * (H // GROUP) + hk) * K + cols[None, :]
+    tl.store(to_k_ptr + there, unnormalise(k, dk, EPS).to(to_k_ptr.dtype.element_ty), mask=mask)
