@@ -33,7 +33,7 @@ from models.kda.layer import KimiDeltaAttention, Packed
 from models.remote import write_remote_file
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""transformers' name for the cache in its functions and outputs; it was past_key_values in 5.17, and is cache in 5.24."""
+"""transformers' name for the cache in its functions and outputs: past_key_values in 5.17, cache in 5.24."""
 
 
 def _family(module: Any, name: str) -> dict[str, Any]:
