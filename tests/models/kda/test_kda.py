@@ -154,7 +154,7 @@ def test_packed_equals_a_loop(subject: Subject, lengths: tuple[int, ...]) -> Non
         check_packed_equals_a_loop(subject, x, gate, lengths)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.data())
 def test_packed_in_any_lengths_equals_a_loop(data: Any) -> None:
     lengths = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=6).filter(any))
