@@ -8,7 +8,8 @@ states    dQ = dO S^T     dK = -(b W) S^T     dKt = V' R^T     of a chunk's firs
 rows      from these to q, k (normalised) and the gate input; with r = decay from j to i, dP = diag(b) dL:
               dq_i = sum_j dA_ij k_j r + exp(G_i) dQ_i       a_i = sum_j dP_ij k_j r + exp(G_i) dK_i
               c_j = sum_i (dP_ij k_i + dA_ij q_i) r + exp(G_C - G_j) dKt_j       dk = a + c
-              dG = q dq + k a - k c, at the chunk's last token also what decays the state; dg = its sum from the end
+          dg by the chain rule through every exponent; the short way, the sum from the end of q dq + k a - k c, cancels
+          badly where a strong decay lies between
 norms     through the L2 norms, and the sum over the heads that share a k head.
 
 That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
@@ -17,7 +18,7 @@ That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
 import triton
 import triton.language as tl
 
-from models.kda.kernels.forward import exp2, gate_slice, inverse_norm, level_mask, sigmoid, sum_matrix
+from models.kda.kernels.forward import exp2, gate_slice, inverse_norm, level_mask, sigmoid, softplus, sum_matrix
 
 
 @triton.jit
@@ -161,32 +162,49 @@ def states_kernel(
 
 
 @triton.jit
-def unmeet(dq, a, c, q, k, later, earlier, dA, dP, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """Add one level's part to dq, a (rows) and c (columns): A_ij = sum_d q_i later_i k_j earlier_j where dA is not 0."""
+def sum_back(matrix, Z, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient [C, BK] of the log decays, given that of the exponents ``matrix`` @ log decays.
+
+    SPLIT: in two halves of the operands' precision, for a matrix with which much cancels.
+    """
+    high = Z.to(matrix.dtype)
+    dg = tl.dot(tl.trans(matrix), high, input_precision=PRECISION)
+    if SPLIT:
+        low = (Z - high.to(tl.float32)).to(matrix.dtype)
+        dg = tl.dot(tl.trans(matrix), low, dg, input_precision=PRECISION)
+    return dg
+
+
+@triton.jit
+def unmeet(q, k, later, earlier, dA, dP, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """What A_ij = sum_d q_i later_i k_j earlier_j, and k for q, give to dq_i, a_i and c_j where dA is not 0."""
     columns = (k * earlier).to(OP)
-    dq += later * tl.dot(dA, columns, input_precision=PRECISION)
-    a += later * tl.dot(dP, columns, input_precision=PRECISION)
-    back = tl.dot(tl.trans(dA), (q * later).to(OP), input_precision=PRECISION)
-    back = tl.dot(tl.trans(dP), (k * later).to(OP), back, input_precision=PRECISION)
-    c += earlier * back
-    return dq, a, c
+    dq = later * tl.dot(dA, columns, input_precision=PRECISION)
+    a = later * tl.dot(dP, columns, input_precision=PRECISION)
+    c = tl.dot(tl.trans(dA), (q * later).to(OP), input_precision=PRECISION)
+    c = tl.dot(tl.trans(dP), (k * later).to(OP), c, input_precision=PRECISION)
+    return dq, a, earlier * c
 
 
 @triton.jit
 def unmeet_level(
-    dq, a, c, q, k, g, sums_ptr, dA, dP, rows, N: tl.constexpr,
+    dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, N: tl.constexpr,
     C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The level of half-blocks of 2^N tokens; forward.meet mirrored."""
+    """Add the level of half-blocks of 2^N tokens; forward.meet mirrored."""
     E = exp2(tl.dot(sum_matrix(sums_ptr, 6 + N, C), g, input_precision=PRECISION), FAST)
     mask = level_mask(rows, 2**N)
     zero = tl.zeros([C, C], OP)
-    return unmeet(dq, a, c, q, k, E, E, tl.where(mask, dA, zero), tl.where(mask, dP, zero), OP, PRECISION)
+    own_dq, own_a, own_c = unmeet(q, k, E, E, tl.where(mask, dA, zero), tl.where(mask, dP, zero), OP, PRECISION)
+    # A row is in the later half or in the earlier one, so one of these is 0.
+    Z = q * own_dq + k * (own_a + own_c)
+    dg += sum_back(sum_matrix(sums_op_ptr, 6 + N, C), Z, False, PRECISION)
+    return dq + own_dq, a + own_a, c + own_c, dg
 
 
 @triton.jit
 def rows_kernel(
-    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr,
+    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, sums_op_ptr,
     dA_ptr, dP_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
     q_stride, k_stride, g_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
@@ -226,34 +244,43 @@ def rows_kernel(
     whole = exp2(tl.dot(sum_matrix(sums_ptr, 0, C), g, input_precision=PRECISION), FAST)
     dq = whole * tl.load(dqd_ptr + wide).to(tl.float32)
     a = whole * tl.load(dkd_ptr + wide).to(tl.float32)
+    dg = sum_back(sum_matrix(sums_op_ptr, 0, C), q * dq + k * a, False, PRECISION)
     tail = exp2(tl.dot(sum_matrix(sums_ptr, 1, C), g, input_precision=PRECISION), FAST)
     c = tail * tl.load(dkt_ptr + wide).to(tl.float32)
-    dlast = tl.sum(k * c, 0) + tl.load(dlast_ptr + at * K + cols)
+    dg += sum_back(sum_matrix(sums_op_ptr, 1, C), k * c, False, PRECISION)
+    dg += tl.load(dlast_ptr + at * K + cols)[None, :]
     zero = tl.zeros([C, C], OP)
     if LOWER != 0:
-        dq, a, c = unmeet_level(dq, a, c, q, k, g, sums_ptr, dA, dP, rows, 5, C, OP, PRECISION, FAST)
-        dq, a, c = unmeet_level(dq, a, c, q, k, g, sums_ptr, dA, dP, rows, 4, C, OP, PRECISION, FAST)
+        dq, a, c, dg = unmeet_level(
+            dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, 5, C, OP, PRECISION, FAST
+        )
+        dq, a, c, dg = unmeet_level(
+            dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, 4, C, OP, PRECISION, FAST
+        )
         # A block of 16 relative to its start: at most exp(80), of which both sides take half.
-        same = i // 16 == j // 16
-        x = tl.dot((same & (j <= i)).to(SUM), g, input_precision=PRECISION)
-        dA = tl.where(same, dA, zero)
-        dP = tl.where(same, dP, zero)
-        dq, a, c = unmeet(dq, a, c, q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST), dA, dP, OP, PRECISION)
+        block = (i // 16 == j // 16) & (j <= i)
+        x = tl.dot(block.to(SUM), g, input_precision=PRECISION)
+        inside = (i // 16 == j // 16) & (j < i)
+        own_dq, own_a, own_c = unmeet(
+            q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST),
+            tl.where(inside, dA, zero), tl.where(inside, dP, zero), OP, PRECISION,
+        )  # fmt: skip
+        dg += sum_back(block.to(OP), q * own_dq + k * (own_a - own_c), True, PRECISION)
+        dq += own_dq
+        a += own_a
+        c += own_c
     else:
         for level in tl.static_range(0, 6):
-            dq, a, c = unmeet_level(dq, a, c, q, k, g, sums_ptr, dA, dP, rows, level, C, OP, PRECISION, FAST)
-        own = tl.sum(tl.where(i == j, dA.to(tl.float32), 0.0), 1)[:, None]
-        dq += own * k
-        c += own * q
-    dG = q * dq + k * (a - c) + tl.where(i == C - 1, dlast[None, :], 0.0)
+            dq, a, c, dg = unmeet_level(
+                dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, level, C, OP, PRECISION, FAST
+            )
+    # A token's own product has no decay.
+    own = tl.sum(tl.where(i == j, dA.to(tl.float32), 0.0), 1)[:, None]
+    dq += own * k
+    c += own * q
     out = (tokens[:, None] * H + h) * K + cols[None, :]
     tl.store(dq_ptr + out, (scale * dq).to(OP), mask=mask)
     tl.store(dk_ptr + out, (a + c).to(OP), mask=mask)
-    # The sum from the end, of which much cancels: in two halves of the operands' precision.
-    until_end = (j >= i).to(OP)
-    high = dG.to(OP)
-    dg = tl.dot(until_end, high, input_precision=PRECISION)
-    dg = tl.dot(until_end, (dG - high.to(tl.float32)).to(OP), dg, input_precision=PRECISION)
     x = tl.load(g_ptr + there, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
     LOG2E: tl.constexpr = 1.4426950408889634
     if LOWER != 0:
@@ -263,7 +290,7 @@ def rows_kernel(
         drate = dx * x
     else:
         dx = -rate * sigmoid(LOG2E * x, FAST) * dg
-        drate = dg * (-rate * (tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))))
+        drate = dg * (-rate * softplus(x))
     dx = tl.where(mask, dx, 0.0)
     drate = tl.where(mask, drate, 0.0) * tl.where(A_log <= 30.0, 1.0, 0.0)
     tl.store(dg_ptr + out, dx.to(OP), mask=mask)

@@ -68,7 +68,7 @@ def triton_step(
     options = config("step", BV=V)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         step_kernel[(V // options["BV"], H, B)](
-            q, k, v, g, beta, A_log, dt_bias, state, o,
+            q, k, v, g, beta, A_log.contiguous(), dt_bias.contiguous(), state, o,
             q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0), scale,
             H=H, GROUP=H // HK, K=K, V=V, EPS=L2_EPS, FAST=fast(q), **options,
             LOWER=lower_bound if gate == "bounded" else 0.0,

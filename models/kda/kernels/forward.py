@@ -45,13 +45,21 @@ def write_strength(beta_ptr, valid, FAST: tl.constexpr):
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + exp(x)), natural; exact to float32 on both sides."""
+    t = tl.exp(-tl.abs(x))
+    # log(1 + t) for a small t: what rounding took from 1 + t, it gives back (Kahan).
+    u = 1.0 + t
+    return tl.maximum(x, 0.0) + tl.where(u == 1.0, t, tl.log(u) * (t / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
 def log2_decay(x, rate, LOWER: tl.constexpr, FAST: tl.constexpr):
     """log2 of the decay, float32; x = gate input + dt_bias, LOWER 0 stands for the softplus gate."""
     LOG2E: tl.constexpr = 1.4426950408889634
     if LOWER != 0:
         return (LOWER * LOG2E) * sigmoid(rate * LOG2E * x, FAST)
-    # softplus without overflow: max(x, 0) + log(1 + exp(-|x|))
-    return -rate * (LOG2E * tl.maximum(x, 0.0) + tl.log2(1.0 + exp2(-LOG2E * tl.abs(x), FAST)))
+    return -rate * LOG2E * softplus(x)
 
 
 @triton.jit

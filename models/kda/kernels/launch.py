@@ -165,7 +165,8 @@ def chunk_gradients(
     dq, dk, dg = (do.new_empty(len(do), H, K) for _ in range(3))
     options = config("rows", BK=K)
     rows_kernel[(K // options["BK"], *grid)](
-        x.q, x.k, x.g, x.A_log, x.dt_bias, chunks, sum_matrices(torch.float16 if plan.low else torch.float32, do.device),
+        x.q, x.k, x.g, x.A_log, x.dt_bias, chunks,
+        sum_matrices(torch.float16 if plan.low else torch.float32, do.device), sum_matrices(do.dtype, do.device),
         dA, dP, dqd, dkd, dkt, dlast, dq, dk, dg, drate, dbias,
         x.q.stride(0), x.k.stride(0), x.g.stride(0), plan.scale,
         **plan.dims, **plan.gate, **plan.products, **options, EPS=L2_EPS,
