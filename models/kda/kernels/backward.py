@@ -18,11 +18,11 @@ That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
 import triton
 import triton.language as tl
 
-from models.kda.kernels.forward import exp2, gate_slice, inverse_norm, level_mask, sigmoid, softplus, sum_matrix
+from models.kda.kernels.forward import exp2, gate_slice, level_mask, sigmoid, softplus, sum_matrix
 
 
 @triton.jit
-def reverse_kernel(
+def scan_back_kernel(
     qd_ptr, kd_ptr, kt_ptr, A_ptr, T_ptr, decay_ptr, b_ptr, do_ptr, first_ptr, last_ptr, dv_ptr, w_ptr, states_ptr,
     segments_ptr, jobs_ptr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -99,7 +99,7 @@ def reverse_kernel(
 
 
 @triton.jit
-def products_kernel(
+def products_back_kernel(
     do_ptr, new_ptr, w_ptr, b_ptr, chunks_ptr, dA_ptr, dP_ptr, dbeta_ptr,
     H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def products_kernel(
 
 
 @triton.jit
-def states_kernel(
+def states_back_kernel(
     do_ptr, new_ptr, w_ptr, b_ptr, S_ptr, R_ptr, decay_ptr, chunks_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     OP: tl.constexpr, PRECISION: tl.constexpr,
@@ -162,16 +162,17 @@ def states_kernel(
 
 
 @triton.jit
-def sum_back(matrix, Z, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradient [C, BK] of the log decays, given that of the exponents ``matrix`` @ log decays.
+def sum_back(transposed, Z, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient [C, BK] of the log decays, given that of exponents that were matrix @ log decays.
 
     SPLIT: in two halves of the operands' precision, for a matrix with which much cancels.
     """
-    high = Z.to(matrix.dtype)
-    dg = tl.dot(tl.trans(matrix), high, input_precision=PRECISION)
+    # The matrix comes transposed: `tl.trans` of one made in registers reads out of bounds on a Hopper GPU (Triton 3.6).
+    high = Z.to(transposed.dtype)
+    dg = tl.dot(transposed, high, input_precision=PRECISION)
     if SPLIT:
-        low = (Z - high.to(tl.float32)).to(matrix.dtype)
-        dg = tl.dot(tl.trans(matrix), low, dg, input_precision=PRECISION)
+        low = (Z - high.to(tl.float32)).to(transposed.dtype)
+        dg = tl.dot(transposed, low, dg, input_precision=PRECISION)
     return dg
 
 
@@ -188,7 +189,7 @@ def unmeet(q, k, later, earlier, dA, dP, OP: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def unmeet_level(
-    dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, N: tl.constexpr,
+    dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, N: tl.constexpr,
     C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Add the level of half-blocks of 2^N tokens; forward.meet mirrored."""
@@ -198,18 +199,17 @@ def unmeet_level(
     own_dq, own_a, own_c = unmeet(q, k, E, E, tl.where(mask, dA, zero), tl.where(mask, dP, zero), OP, PRECISION)
     # A row is in the later half or in the earlier one, so one of these is 0.
     Z = q * own_dq + k * (own_a + own_c)
-    dg += sum_back(sum_matrix(sums_op_ptr, 6 + N, C), Z, False, PRECISION)
+    dg += sum_back(sum_matrix(back_ptr, 6 + N, C), Z, False, PRECISION)
     return dq + own_dq, a + own_a, c + own_c, dg
 
 
 @triton.jit
-def rows_kernel(
-    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, sums_op_ptr,
+def rows_back_kernel(
+    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, back_ptr, norms_ptr,
     dA_ptr, dP_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
     q_stride, k_stride, g_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    LOWER: tl.constexpr, EPS: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    LOWER: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the normalised q and k and of the gate input [tokens, H, K], in the inputs' dtype, and of A_log and
     dt_bias summed over the chunk [chunks, H, K], float32 (A_log's still to be summed over K).
@@ -236,43 +236,43 @@ def rows_kernel(
     g = gate_slice(g_ptr, there, mask, bias, rate, LOWER, SUM, FAST)
     q = tl.load(q_ptr + tokens[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    q *= (inverse_norm(q_ptr, q_stride, tokens, valid, K, EPS) * scale)[:, None]
-    k *= inverse_norm(k_ptr, k_stride, tokens, valid, K, EPS)[:, None]
+    q *= tl.load(norms_ptr + at * 2 * C + rows)[:, None]
+    k *= tl.load(norms_ptr + at * 2 * C + C + rows)[:, None]
     dA = tl.load(dA_ptr + at * C * C + i * C + j)
     dP = tl.load(dP_ptr + at * C * C + i * C + j)
     wide = at * C * K + i * K + cols[None, :]
     whole = exp2(tl.dot(sum_matrix(sums_ptr, 0, C), g, input_precision=PRECISION), FAST)
     dq = whole * tl.load(dqd_ptr + wide).to(tl.float32)
     a = whole * tl.load(dkd_ptr + wide).to(tl.float32)
-    dg = sum_back(sum_matrix(sums_op_ptr, 0, C), q * dq + k * a, False, PRECISION)
+    dg = sum_back(sum_matrix(back_ptr, 0, C), q * dq + k * a, False, PRECISION)
     tail = exp2(tl.dot(sum_matrix(sums_ptr, 1, C), g, input_precision=PRECISION), FAST)
     c = tail * tl.load(dkt_ptr + wide).to(tl.float32)
-    dg += sum_back(sum_matrix(sums_op_ptr, 1, C), k * c, False, PRECISION)
+    dg += sum_back(sum_matrix(back_ptr, 1, C), k * c, False, PRECISION)
     dg += tl.load(dlast_ptr + at * K + cols)[None, :]
     zero = tl.zeros([C, C], OP)
     if LOWER != 0:
         dq, a, c, dg = unmeet_level(
-            dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, 5, C, OP, PRECISION, FAST
+            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, 5, C, OP, PRECISION, FAST
         )
         dq, a, c, dg = unmeet_level(
-            dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, 4, C, OP, PRECISION, FAST
+            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, 4, C, OP, PRECISION, FAST
         )
         # A block of 16 relative to its start: at most exp(80), of which both sides take half.
-        block = (i // 16 == j // 16) & (j <= i)
-        x = tl.dot(block.to(SUM), g, input_precision=PRECISION)
-        inside = (i // 16 == j // 16) & (j < i)
+        same = i // 16 == j // 16
+        x = tl.dot((same & (j <= i)).to(SUM), g, input_precision=PRECISION)
+        inside = same & (j < i)
         own_dq, own_a, own_c = unmeet(
             q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST),
             tl.where(inside, dA, zero), tl.where(inside, dP, zero), OP, PRECISION,
         )  # fmt: skip
-        dg += sum_back(block.to(OP), q * own_dq + k * (own_a - own_c), True, PRECISION)
+        dg += sum_back((same & (i <= j)).to(OP), q * own_dq + k * (own_a - own_c), True, PRECISION)
         dq += own_dq
         a += own_a
         c += own_c
     else:
         for level in tl.static_range(0, 6):
             dq, a, c, dg = unmeet_level(
-                dq, a, c, dg, q, k, g, sums_ptr, sums_op_ptr, dA, dP, rows, level, C, OP, PRECISION, FAST
+                dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, level, C, OP, PRECISION, FAST
             )
     # A token's own product has no decay.
     own = tl.sum(tl.where(i == j, dA.to(tl.float32), 0.0), 1)[:, None]
@@ -307,7 +307,7 @@ def unnormalise(x, dx, EPS: tl.constexpr):
 
 
 @triton.jit
-def norms_kernel(
+def norms_back_kernel(
     q_ptr, k_ptr, dq_ptr, dk_ptr, to_q_ptr, to_k_ptr, tokens_count, q_stride, k_stride,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip

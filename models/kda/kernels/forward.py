@@ -1,7 +1,7 @@
-"""KDA forward on a GPU in five launches: prepare and solve (all chunks at once), map, combine, scan.
+"""KDA forward on a GPU in six launches: rows, products and solve (all chunks at once), map, combine, scan.
 
-prepare  everything of a chunk that no state enters (kda.reference has the formulas): the decayed q and k, A_qk, and
-         L = diag(b) A_kk.
+rows     of a chunk what no state enters (kda.reference has the formulas): the decayed q and k.
+products A_qk and L = diag(b) A_kk. Apart from rows, because together they need twice the registers.
 solve    M = (I + L)^-1 diag(b) = T diag(b).
 map      for every segment but a sequence's last: the state that it makes of zero, and the matrix by which it
          multiplies its first state. A segment is an affine map of the state, so all can run at the same time.
@@ -135,31 +135,78 @@ def panel(
 
 
 @triton.jit
-def write_panel(A_ptr, L_ptr, A, L, q_inv, L_scale, rows, J: tl.constexpr, C: tl.constexpr):
-    """Store rows J .. J + 15 of A_qk and of L = diag(b) A_kk, given transposed [C, 16] and without their norms."""
+def write_panel(A_ptr, L_ptr, A, L, q_inv_ptr, k_inv_ptr, beta_ptr, beta_stride, length, rows,
+    J: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Store rows J .. J + 15 of A_qk and of L = diag(b) A_kk, given transposed [C, 16] and without those rows' norms."""
     own = J + tl.arange(0, 16)
     to = own[None, :] * C + rows[:, None]
-    A = tl.where(rows[:, None] <= own[None, :], A * tl.gather(q_inv, own, 0)[None, :], 0.0)
-    L = tl.where(rows[:, None] < own[None, :], L * tl.gather(L_scale, own, 0)[None, :], 0.0)
-    tl.store(A_ptr + to, A.to(A_ptr.dtype.element_ty))
-    tl.store(L_ptr + to, L.to(L_ptr.dtype.element_ty))
+    b = write_strength(beta_ptr + own * beta_stride, own < length, FAST)
+    A *= tl.load(q_inv_ptr + own)[None, :]
+    L *= (b * tl.load(k_inv_ptr + own))[None, :]
+    tl.store(A_ptr + to, tl.where(rows[:, None] <= own[None, :], A, 0.0).to(A_ptr.dtype.element_ty))
+    tl.store(L_ptr + to, tl.where(rows[:, None] < own[None, :], L, 0.0).to(L_ptr.dtype.element_ty))
 
 
 @triton.jit
-def prepare_kernel(
-    q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr,
-    qd_ptr, kd_ptr, kt_ptr, A_ptr, L_ptr, decay_ptr,
-    q_stride, k_stride, g_stride, beta_stride, scale,
+def rows_kernel(
+    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, qd_ptr, kd_ptr, kt_ptr, norms_ptr, decay_ptr,
+    q_stride, k_stride, g_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     LOWER: tl.constexpr, EPS: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: Q, K, Kt [C, K] and A_qk [C, C] in the inputs' dtype, L = diag(b) A_kk [C, C] in float16
-    (float32 for float32 inputs), exp(G_C) [K] in float32.
+    """Of one chunk and head: Q, K, Kt [C, K] in the inputs' dtype, and in float32 scale / |q| and 1 / |k| [2, C] and
+    exp(G_C) [K].
 
-    q, g: [tokens, H, K], k: [tokens, H / GROUP, K], strides of a token; beta: [tokens, H]. Out: [chunks, H, ...].
-    One program a (head, chunk). Products are made transposed, [column j, row i], because the columns' factors are
-    then shared by A_qk and A_kk.
+    q, g: [tokens, H, K], k: [tokens, H / GROUP, K], strides of a token. Out: [chunks, H, ...]. One program a (head,
+    chunk).
+    """
+    h = tl.program_id(0)
+    c = tl.program_id(1).to(tl.int64)
+    start = tl.load(chunks_ptr + 2 * c).to(tl.int64)
+    rows = tl.arange(0, C)
+    valid = rows < tl.load(chunks_ptr + 2 * c + 1)
+    tokens = start + rows
+    q_ptr += h * K
+    k_ptr += (h // GROUP) * K
+    g_ptr += h * K
+    rate = tl.exp(tl.minimum(tl.load(A_log_ptr + h), 30.0))
+    until = sum_matrix(sums_ptr, 0, C)
+    behind = sum_matrix(sums_ptr, 1, C)
+    q_inv = inverse_norm(q_ptr, q_stride, tokens, valid, K, EPS) * scale
+    k_inv = inverse_norm(k_ptr, k_stride, tokens, valid, K, EPS)
+    at = c * H + h
+    tl.store(norms_ptr + at * 2 * C + rows, q_inv)
+    tl.store(norms_ptr + at * 2 * C + C + rows, k_inv)
+    for first in range(0, K, BK):
+        cols = first + tl.arange(0, BK)
+        mask = valid[:, None] & (cols < K)[None, :]
+        bias = tl.load(dt_bias_ptr + h * K + cols)
+        g = gate_slice(g_ptr, tokens[:, None] * g_stride + cols[None, :], mask, bias, rate, LOWER, SUM, FAST)
+        q = tl.load(q_ptr + tokens[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        k *= k_inv[:, None]
+        out = at * C * K + rows[:, None] * K + cols[None, :]
+        whole = exp2(tl.dot(until, g, input_precision=PRECISION), FAST)
+        tl.store(qd_ptr + out, (q * q_inv[:, None] * whole).to(OP))
+        tl.store(kd_ptr + out, (k * whole).to(OP))
+        last = (rows == C - 1)[:, None] & (cols < K)[None, :]
+        tl.store(decay_ptr + at * K + 0 * rows[:, None] + cols[None, :], whole, mask=last)
+        tail = exp2(tl.dot(behind, g, input_precision=PRECISION), FAST)
+        tl.store(kt_ptr + out, (k * tail).to(OP))
+
+
+@triton.jit
+def products_kernel(
+    q_ptr, k_ptr, g_ptr, beta_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, norms_ptr, A_ptr, L_ptr,
+    q_stride, k_stride, g_stride, beta_stride,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    LOWER: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk and head: A_qk [C, C] in the inputs' dtype, L = diag(b) A_kk [C, C] in float16 (float32 for float32
+    inputs); [chunks, H, C, C]. One program a (head, chunk).
+
+    Products are made transposed, [column j, row i], because the columns' factors are then shared by A_qk and A_kk.
     """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
@@ -173,13 +220,12 @@ def prepare_kernel(
     q_ptr += h * K
     k_ptr += (h // GROUP) * K
     g_ptr += h * K
+    beta_ptr += start * beta_stride + h
     rate = tl.exp(tl.minimum(tl.load(A_log_ptr + h), 30.0))
-    q_inv = inverse_norm(q_ptr, q_stride, tokens, valid, K, EPS) * scale
-    k_inv = inverse_norm(k_ptr, k_stride, tokens, valid, K, EPS)
+    norms_ptr += (c * H + h) * 2 * C
+    k_inv = tl.load(norms_ptr + C + rows)
     # The softplus gate's matrices lie behind the bounded gate's.
     N: tl.constexpr = 2 if LOWER != 0 else 6
-    until = sum_matrix(sums_ptr, 0, C)
-    behind = sum_matrix(sums_ptr, 1, C)
     sum0 = sum_matrix(sums_ptr, N, C)
     sum1 = sum_matrix(sums_ptr, N + 1, C)
     sum2 = sum_matrix(sums_ptr, N + 2, C)
@@ -197,23 +243,13 @@ def prepare_kernel(
     L1 = tl.zeros([C, 16], tl.float32)
     L2 = tl.zeros([C, 16], tl.float32)
     L3 = tl.zeros([C, 16], tl.float32)
-    at = (c * H + h) * C * K
-    for first in tl.range(0, K, BK):
+    for first in range(0, K, BK):
         cols = first + tl.arange(0, BK)
         mask = valid[:, None] & (cols < K)[None, :]
         bias = tl.load(dt_bias_ptr + h * K + cols)
         g = gate_slice(g_ptr, tokens[:, None] * g_stride + cols[None, :], mask, bias, rate, LOWER, SUM, FAST)
-        q = tl.load(q_ptr + tokens[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        q *= q_inv[:, None]
         k *= k_inv[:, None]
-        out = at + j * K + cols[None, :]
-        whole = exp2(tl.dot(until, g, input_precision=PRECISION), FAST)
-        tl.store(qd_ptr + out, (q * whole).to(OP))
-        tl.store(kd_ptr + out, (k * whole).to(OP))
-        tl.store(decay_ptr + (c * H + h) * K + 0 * j + cols[None, :], whole, mask=(j == C - 1) & (cols < K)[None, :])
-        tail = exp2(tl.dot(behind, g, input_precision=PRECISION), FAST)
-        tl.store(kt_ptr + out, (k * tail).to(OP))
         if LOWER != 0:
             A0, L0 = panel(
                 A0, L0, k, g, sum0, q_ptr, k_ptr, q_stride, k_stride, start, length, cols, 0, OP, PRECISION, FAST
@@ -228,6 +264,8 @@ def prepare_kernel(
                 A3, L3, k, g, sum3, q_ptr, k_ptr, q_stride, k_stride, start, length, cols, 48, OP, PRECISION, FAST
             )
         else:
+            q = tl.load(q_ptr + tokens[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            q *= tl.load(norms_ptr + rows)[:, None]
             A, L = meet(A, L, q, k, g, sum0, rows, 0, OP, PRECISION, FAST)
             A, L = meet(A, L, q, k, g, sum1, rows, 1, OP, PRECISION, FAST)
             A, L = meet(A, L, q, k, g, sum2, rows, 2, OP, PRECISION, FAST)
@@ -235,16 +273,16 @@ def prepare_kernel(
             A, L = meet(A, L, q, k, g, sum4, rows, 4, OP, PRECISION, FAST)
             A, L = meet(A, L, q, k, g, sum5, rows, 5, OP, PRECISION, FAST)
             A += tl.where(i == j, tl.sum(q * k, 1)[:, None], 0.0)
-    b = write_strength(beta_ptr + tokens * beta_stride + h, valid, FAST)
     A_ptr += (c * H + h) * C * C
     L_ptr += (c * H + h) * C * C
     if LOWER != 0:
-        b *= k_inv
-        write_panel(A_ptr, L_ptr, A0, L0, q_inv, b, rows, 0, C)
-        write_panel(A_ptr, L_ptr, A1, L1, q_inv, b, rows, 16, C)
-        write_panel(A_ptr, L_ptr, A2, L2, q_inv, b, rows, 32, C)
-        write_panel(A_ptr, L_ptr, A3, L3, q_inv, b, rows, 48, C)
+        q_inv_ptr, k_inv_ptr = norms_ptr, norms_ptr + C
+        write_panel(A_ptr, L_ptr, A0, L0, q_inv_ptr, k_inv_ptr, beta_ptr, beta_stride, length, rows, 0, C, FAST)
+        write_panel(A_ptr, L_ptr, A1, L1, q_inv_ptr, k_inv_ptr, beta_ptr, beta_stride, length, rows, 16, C, FAST)
+        write_panel(A_ptr, L_ptr, A2, L2, q_inv_ptr, k_inv_ptr, beta_ptr, beta_stride, length, rows, 32, C, FAST)
+        write_panel(A_ptr, L_ptr, A3, L3, q_inv_ptr, k_inv_ptr, beta_ptr, beta_stride, length, rows, 48, C, FAST)
     else:
+        b = write_strength(beta_ptr + rows * beta_stride, valid, FAST)
         tl.store(A_ptr + i * C + j, A.to(A_ptr.dtype.element_ty))
         tl.store(L_ptr + i * C + j, (L * b[None, :]).to(L_ptr.dtype.element_ty))
 

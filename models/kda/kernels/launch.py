@@ -7,8 +7,14 @@ import torch
 import triton
 from torch import Tensor
 
-from models.kda.kernels.backward import norms_kernel, products_kernel, reverse_kernel, rows_kernel, states_kernel
-from models.kda.kernels.forward import combine_kernel, prepare_kernel, scan_kernel, solve_kernel
+from models.kda.kernels.backward import (
+    norms_back_kernel,
+    products_back_kernel,
+    rows_back_kernel,
+    scan_back_kernel,
+    states_back_kernel,
+)
+from models.kda.kernels.forward import combine_kernel, products_kernel, rows_kernel, scan_kernel, solve_kernel
 from models.kda.kernels.layout import CHUNK, sum_matrices
 from models.kda.kernels.plan import Plan, config
 from models.kda.reference import L2_EPS
@@ -27,7 +33,7 @@ class Tokens(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What prepare_kernel and solve_kernel write, [chunks, H, ...]; T and b only where they were asked to keep them."""
+    """What no state enters, [chunks, H, ...]; T and b only where they were asked to keep them."""
 
     qd: Tensor
     kd: Tensor
@@ -37,6 +43,7 @@ class Prepared(NamedTuple):
     T: Tensor
     b: Tensor
     decay: Tensor
+    norms: Tensor
 
 
 class Scanned(NamedTuple):
@@ -61,11 +68,17 @@ def prepare(plan: Plan, x: Tokens, *, keep: bool = False) -> Prepared:
     A, M = (x.q.new_empty(count, H, CHUNK, CHUNK) for _ in range(2))
     L = torch.empty_like(M, dtype=narrow)
     decay = x.A_log.new_empty(count, H, K)
-    prepare_kernel[(H, count)](
-        x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, plan.layout.chunks, sum_matrices(narrow, x.q.device),
-        qd, kd, kt, A, L, decay,
-        x.q.stride(0), x.k.stride(0), x.g.stride(0), x.beta.stride(0), plan.scale,
-        **plan.dims, **plan.gate, **plan.products, **config("prepare", BK=K), EPS=L2_EPS,
+    norms = decay.new_empty(count, H, 2, CHUNK)
+    sums = sum_matrices(narrow, x.q.device)
+    strides = x.q.stride(0), x.k.stride(0), x.g.stride(0)
+    shared = {**plan.dims, **plan.gate, **plan.products}
+    rows_kernel[(H, count)](
+        x.q, x.k, x.g, x.A_log, x.dt_bias, plan.layout.chunks, sums, qd, kd, kt, norms, decay, *strides, plan.scale,
+        **shared, **config("rows", BK=K), EPS=L2_EPS,
+    )  # fmt: skip
+    products_kernel[(H, count)](
+        x.q, x.k, x.g, x.beta, x.A_log, x.dt_bias, plan.layout.chunks, sums, norms, A, L, *strides, x.beta.stride(0),
+        **shared, **config("products", BK=K),
     )  # fmt: skip
     T = torch.empty_like(M) if keep else M
     b = decay.new_empty(count, H, CHUNK) if keep else decay
@@ -73,7 +86,7 @@ def prepare(plan: Plan, x: Tokens, *, keep: bool = False) -> Prepared:
         L, x.beta, plan.layout.chunks, M, T, b, x.beta.stride(0),
         H=H, C=CHUNK, FAST=plan.fast, KEEP=keep, **plan.products, **config("solve"),
     )  # fmt: skip
-    return Prepared(qd, kd, kt, A, M, T, b, decay)
+    return Prepared(qd, kd, kt, A, M, T, b, decay, norms)
 
 
 def scan(
@@ -113,9 +126,9 @@ def reverse(plan: Plan, parts: Prepared, do: Tensor, first: Tensor | None, *, ma
     dv = do if mapping else torch.empty_like(do)
     w = do if mapping else do.new_empty(count, H, CHUNK, V)
     states = do if mapping else do.new_empty(count, H, K, V)
-    options = config("reverse_map" if mapping else "reverse", BV=last.shape[-1])
+    options = config("map_back" if mapping else "scan_back", BV=last.shape[-1])
     units = len(layout.jobs_back) if mapping else len(layout.segments)
-    reverse_kernel[(last.shape[-1] // options["BV"], H, units)](
+    scan_back_kernel[(last.shape[-1] // options["BV"], H, units)](
         parts.qd, parts.kd, parts.kt, parts.A, parts.T, parts.decay, parts.b, do,
         last if first is None else first, last, dv, w, states,
         layout.segments, layout.jobs_back,
@@ -152,28 +165,29 @@ def chunk_gradients(
     count, grid = len(chunks), (H, len(chunks))
     dA, dP = torch.empty_like(parts.A), torch.empty_like(parts.A)
     dbeta = do.new_empty(len(do), H)
-    products_kernel[grid](
-        do, kept.new, back.new, parts.b, chunks, dA, dP, dbeta, H=H, V=V, C=CHUNK, **plan.products, **config("products")
+    products_back_kernel[grid](
+        do, kept.new, back.new, parts.b, chunks, dA, dP, dbeta, H=H, V=V, C=CHUNK, **plan.products, **config("products_back")
     )  # fmt: skip
     dqd, dkd, dkt = (torch.empty_like(parts.qd) for _ in range(3))
     dlast, drate, dbias = (torch.empty_like(parts.decay) for _ in range(3))
-    options = config("states", BK=K)
-    states_kernel[(K // options["BK"], *grid)](
+    options = config("states_back", BK=K)
+    states_back_kernel[(K // options["BK"], *grid)](
         do, kept.new, back.new, parts.b, kept.states, back.states, parts.decay, chunks, dqd, dkd, dkt, dlast,
         H=H, K=K, V=V, C=CHUNK, **plan.products, **options,
     )  # fmt: skip
     dq, dk, dg = (do.new_empty(len(do), H, K) for _ in range(3))
-    options = config("rows", BK=K)
-    rows_kernel[(K // options["BK"], *grid)](
+    options = config("rows_back", BK=K)
+    rows_back_kernel[(K // options["BK"], *grid)](
         x.q, x.k, x.g, x.A_log, x.dt_bias, chunks,
-        sum_matrices(torch.float16 if plan.low else torch.float32, do.device), sum_matrices(do.dtype, do.device),
+        sum_matrices(torch.float16 if plan.low else torch.float32, do.device),
+        sum_matrices(do.dtype, do.device, transposed=True), parts.norms,
         dA, dP, dqd, dkd, dkt, dlast, dq, dk, dg, drate, dbias,
         x.q.stride(0), x.k.stride(0), x.g.stride(0), plan.scale,
-        **plan.dims, **plan.gate, **plan.products, **options, EPS=L2_EPS,
+        **plan.dims, **plan.gate, **plan.products, **options,
     )  # fmt: skip
     to_q, to_k = torch.empty_like(dq), do.new_empty(len(do), HK, K)
-    options = config("norms")
-    norms_kernel[(triton.cdiv(len(do), options["BT"]), HK)](
+    options = config("norms_back")
+    norms_back_kernel[(triton.cdiv(len(do), options["BT"]), HK)](
         x.q, x.k, dq, dk, to_q, to_k, len(do), x.q.stride(0), x.k.stride(0),
         H=H, GROUP=H // HK, K=K, EPS=L2_EPS, **options,
     )  # fmt: skip

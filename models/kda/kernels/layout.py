@@ -74,7 +74,7 @@ def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
 
 
 @lru_cache(maxsize=16)
-def sum_matrices(dtype: torch.dtype, device: torch.device) -> Tensor:
+def sum_matrices(dtype: torch.dtype, device: torch.device, transposed: bool = False) -> Tensor:
     """0, 1 and -1 matrices [12, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of a chunk's products.
 
     0: row i sums the tokens up to i. 1: those behind i. 2 + n: from behind i to just before the n-th block of 16 for
@@ -93,4 +93,5 @@ def sum_matrices(dtype: torch.dtype, device: torch.device) -> Tensor:
         half = 2**n
         meet = torch.where(i // half % 2 == 1, s <= i, s > i)
         found.append((meet & (s // half == i // half)).float())
-    return torch.stack(found).to(device, dtype)
+    matrices = torch.stack(found)
+    return (matrices.mT.contiguous() if transposed else matrices).to(device, dtype)

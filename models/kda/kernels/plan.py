@@ -15,17 +15,18 @@ DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
 
 CONFIGS: dict[str, dict[str, int]] = {
-    "prepare": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "rows": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "products": {"BK": 32, "num_warps": 4, "num_stages": 1},
     "solve": {"num_warps": 4, "num_stages": 1},
-    "map": {"BV": 128, "num_warps": 8, "STAGES": 2},
+    "map": {"BV": 64, "num_warps": 4, "STAGES": 2},
     "combine": {"BV": 32, "num_warps": 4},
     "scan": {"BV": 128, "num_warps": 8, "STAGES": 2},
-    "reverse_map": {"BV": 64, "num_warps": 4, "STAGES": 2},
-    "reverse": {"BV": 64, "num_warps": 4, "STAGES": 1},
-    "products": {"num_warps": 4, "num_stages": 1},
-    "states": {"BK": 64, "num_warps": 4, "num_stages": 1},
-    "rows": {"BK": 32, "num_warps": 4, "num_stages": 1},
-    "norms": {"BT": 16, "num_warps": 4},
+    "map_back": {"BV": 64, "num_warps": 4, "STAGES": 2},
+    "scan_back": {"BV": 64, "num_warps": 4, "STAGES": 1},
+    "products_back": {"num_warps": 4, "num_stages": 1},
+    "states_back": {"BK": 64, "num_warps": 4, "num_stages": 1},
+    "rows_back": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "norms_back": {"BT": 16, "num_warps": 4},
     "step": {"BV": 32, "num_warps": 4},
 }
 """Fixed, so that a first call costs seconds. Chosen on an H200; the figures are in models/README.md."""
