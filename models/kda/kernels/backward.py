@@ -100,10 +100,14 @@ def scan_back_kernel(
 
 @triton.jit
 def products_back_kernel(
-    do_ptr, new_ptr, w_ptr, b_ptr, chunks_ptr, dA_ptr, dP_ptr, dbeta_ptr,
+    do_ptr, new_ptr, w_ptr, b_ptr, chunks_ptr, squares_ptr, dbeta_ptr,
     H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dA_qk and dP [chunks, H, C, C], dbeta [tokens, H], in the inputs' dtype; one program a (head, chunk)."""
+    """dA_qk, dP and their transposes [chunks, H, 4, C, C], dbeta [tokens, H], in the inputs' dtype.
+
+    One program a (head, chunk). The transposes are made and kept because `tl.trans` of a masked tile reads out of
+    bounds on a Hopper GPU (Triton 3.6).
+    """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
     at = c * H + h
@@ -118,11 +122,15 @@ def products_back_kernel(
     new = tl.load(new_ptr + at * C * V + i * V + cols[None, :])
     w = tl.load(w_ptr + at * C * V + i * V + cols[None, :])
     b = tl.load(b_ptr + at * C + rows)
-    square = at * C * C + i * C + j
+    square = at * 4 * C * C + i * C + j
     dA = tl.dot(do, tl.trans(new), input_precision=PRECISION)
-    tl.store(dA_ptr + square, tl.where(i >= j, dA, 0.0).to(OP))
+    tl.store(squares_ptr + square, tl.where(i >= j, dA, 0.0).to(OP))
     dP = tl.dot(w, tl.trans(new), input_precision=PRECISION) * -b[:, None]
-    tl.store(dP_ptr + square, tl.where(i > j, dP, 0.0).to(OP))
+    tl.store(squares_ptr + square + C * C, tl.where(i > j, dP, 0.0).to(OP))
+    dA = tl.dot(new, tl.trans(do), input_precision=PRECISION)
+    tl.store(squares_ptr + square + 2 * C * C, tl.where(i <= j, dA, 0.0).to(OP))
+    dP = tl.dot(new, tl.trans(w), input_precision=PRECISION) * -b[None, :]
+    tl.store(squares_ptr + square + 3 * C * C, tl.where(i < j, dP, 0.0).to(OP))
     dbeta = (1.0 - b) * tl.sum(w.to(tl.float32) * new.to(tl.float32), 1)
     tl.store(dbeta_ptr + tokens * H + h, dbeta.to(dbeta_ptr.dtype.element_ty), mask=valid)
 
@@ -177,26 +185,25 @@ def sum_back(transposed, Z, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def unmeet(q, k, later, earlier, dA, dP, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """What A_ij = sum_d q_i later_i k_j earlier_j, and k for q, give to dq_i, a_i and c_j where dA is not 0."""
+def unmeet(q, k, later, earlier, dA, dP, dA_T, dP_T, mask, mask_T, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """What A_ij = sum_d q_i later_i k_j earlier_j, and k for q, give to dq_i, a_i and c_j where ``mask`` holds."""
     columns = (k * earlier).to(OP)
-    dq = later * tl.dot(dA, columns, input_precision=PRECISION)
-    a = later * tl.dot(dP, columns, input_precision=PRECISION)
-    c = tl.dot(tl.trans(dA), (q * later).to(OP), input_precision=PRECISION)
-    c = tl.dot(tl.trans(dP), (k * later).to(OP), c, input_precision=PRECISION)
+    dq = later * tl.dot(tl.where(mask, dA, 0.0).to(OP), columns, input_precision=PRECISION)
+    a = later * tl.dot(tl.where(mask, dP, 0.0).to(OP), columns, input_precision=PRECISION)
+    c = tl.dot(tl.where(mask_T, dA_T, 0.0).to(OP), (q * later).to(OP), input_precision=PRECISION)
+    c = tl.dot(tl.where(mask_T, dP_T, 0.0).to(OP), (k * later).to(OP), c, input_precision=PRECISION)
     return dq, a, earlier * c
 
 
 @triton.jit
 def unmeet_level(
-    dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, N: tl.constexpr,
+    dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, N: tl.constexpr,
     C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Add the level of half-blocks of 2^N tokens; forward.meet mirrored."""
     E = exp2(tl.dot(sum_matrix(sums_ptr, 6 + N, C), g, input_precision=PRECISION), FAST)
-    mask = level_mask(rows, 2**N)
-    zero = tl.zeros([C, C], OP)
-    own_dq, own_a, own_c = unmeet(q, k, E, E, tl.where(mask, dA, zero), tl.where(mask, dP, zero), OP, PRECISION)
+    mask, mask_T = level_mask(rows[:, None], rows[None, :], 2**N), level_mask(rows[None, :], rows[:, None], 2**N)
+    own_dq, own_a, own_c = unmeet(q, k, E, E, dA, dP, dA_T, dP_T, mask, mask_T, OP, PRECISION)
     # A row is in the later half or in the earlier one, so one of these is 0.
     Z = q * own_dq + k * (own_a + own_c)
     dg += sum_back(sum_matrix(back_ptr, 6 + N, C), Z, False, PRECISION)
@@ -206,7 +213,7 @@ def unmeet_level(
 @triton.jit
 def rows_back_kernel(
     q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, back_ptr, norms_ptr,
-    dA_ptr, dP_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
+    squares_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
     q_stride, k_stride, g_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     LOWER: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -238,8 +245,9 @@ def rows_back_kernel(
     k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     q *= tl.load(norms_ptr + at * 2 * C + rows)[:, None]
     k *= tl.load(norms_ptr + at * 2 * C + C + rows)[:, None]
-    dA = tl.load(dA_ptr + at * C * C + i * C + j)
-    dP = tl.load(dP_ptr + at * C * C + i * C + j)
+    square = squares_ptr + at * 4 * C * C + i * C + j
+    dA, dP = tl.load(square), tl.load(square + C * C)
+    dA_T, dP_T = tl.load(square + 2 * C * C), tl.load(square + 3 * C * C)
     wide = at * C * K + i * K + cols[None, :]
     whole = exp2(tl.dot(sum_matrix(sums_ptr, 0, C), g, input_precision=PRECISION), FAST)
     dq = whole * tl.load(dqd_ptr + wide).to(tl.float32)
@@ -249,21 +257,19 @@ def rows_back_kernel(
     c = tail * tl.load(dkt_ptr + wide).to(tl.float32)
     dg += sum_back(sum_matrix(back_ptr, 1, C), k * c, False, PRECISION)
     dg += tl.load(dlast_ptr + at * K + cols)[None, :]
-    zero = tl.zeros([C, C], OP)
     if LOWER != 0:
         dq, a, c, dg = unmeet_level(
-            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, 5, C, OP, PRECISION, FAST
+            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, 5, C, OP, PRECISION, FAST
         )
         dq, a, c, dg = unmeet_level(
-            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, 4, C, OP, PRECISION, FAST
+            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, 4, C, OP, PRECISION, FAST
         )
         # A block of 16 relative to its start: at most exp(80), of which both sides take half.
         same = i // 16 == j // 16
         x = tl.dot((same & (j <= i)).to(SUM), g, input_precision=PRECISION)
-        inside = same & (j < i)
         own_dq, own_a, own_c = unmeet(
-            q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST),
-            tl.where(inside, dA, zero), tl.where(inside, dP, zero), OP, PRECISION,
+            q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST), dA, dP, dA_T, dP_T,
+            same & (j < i), same & (i < j), OP, PRECISION,
         )  # fmt: skip
         dg += sum_back((same & (i <= j)).to(OP), q * own_dq + k * (own_a - own_c), True, PRECISION)
         dq += own_dq
@@ -272,7 +278,7 @@ def rows_back_kernel(
     else:
         for level in tl.static_range(0, 6):
             dq, a, c, dg = unmeet_level(
-                dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, rows, level, C, OP, PRECISION, FAST
+                dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, level, C, OP, PRECISION, FAST
             )
     # A token's own product has no decay.
     own = tl.sum(tl.where(i == j, dA.to(tl.float32), 0.0), 1)[:, None]

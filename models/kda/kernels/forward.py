@@ -81,10 +81,8 @@ def sum_matrix(sums_ptr, N: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def level_mask(rows, H: tl.constexpr):
-    """[C, C]: row in the later, column in the earlier of two neighbouring half-blocks of H tokens."""
-    i = rows[:, None]
-    j = rows[None, :]
+def level_mask(i, j, H: tl.constexpr):
+    """Whether i lies in the later and j in the earlier of two neighbouring half-blocks of H tokens."""
     return (i // H == j // H + 1) & ((i // H) % 2 == 1)
 
 
@@ -95,7 +93,7 @@ def meet(
 ):  # fmt: skip
     """Add to the transposed A and L the products of half-blocks of 2^N tokens; no exponent is positive."""
     E = exp2(tl.dot(matrix, g, input_precision=PRECISION), FAST)
-    mask = tl.trans(level_mask(rows, 2**N))
+    mask = level_mask(rows[None, :], rows[:, None], 2**N)
     columns = (k * E).to(OP)
     A += tl.where(mask, tl.dot(columns, tl.trans((q * E).to(OP)), input_precision=PRECISION), 0.0)
     L += tl.where(mask, tl.dot(columns, tl.trans((k * E).to(OP)), input_precision=PRECISION), 0.0)
@@ -300,22 +298,41 @@ def solve_kernel(
     """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
-    rows = tl.arange(0, C)
-    valid = rows < tl.load(chunks_ptr + 2 * c + 1)
-    tokens = tl.load(chunks_ptr + 2 * c).to(tl.int64) + rows
-    square = (c * H + h) * C * C + rows[:, None] * C + rows[None, :]
-    L = tl.load(L_ptr + square)
-    T = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0) - tl.where(level_mask(rows, 1), L, 0.0).to(tl.float32)
-    for n in tl.static_range(1, 6):
-        if C > 2**n:
-            block = tl.where(level_mask(rows, 2**n), L, 0.0)
-            Y = tl.dot(block, T.to(L.dtype), input_precision=PRECISION)
-            T -= tl.dot(T.to(L.dtype), Y.to(L.dtype), input_precision=PRECISION)
-    b = write_strength(beta_ptr + tokens * beta_stride + h, valid, FAST)
-    tl.store(M_ptr + square, (T * b[None, :]).to(OP))
+    start = tl.load(chunks_ptr + 2 * c).to(tl.int64)
+    length = tl.load(chunks_ptr + 2 * c + 1)
+    D: tl.constexpr = C // 2
+    at = (c * H + h) * C * C
+    beta_ptr += start * beta_stride + h
+    # Both halves of the diagonal together, then the block below it.
+    half = tl.arange(0, 2)[:, None, None] * D
+    i = tl.arange(0, D)[None, :, None]
+    j = tl.arange(0, D)[None, None, :]
+    both = at + (half + i) * C + half + j
+    L = tl.load(L_ptr + both)
+    X = tl.where(i == j, 1.0, 0.0) - tl.where(level_mask(i, j, 1), L, 0.0).to(tl.float32)
+    for n in tl.static_range(1, 5):
+        if D > 2**n:
+            block = tl.where(level_mask(i, j, 2**n), L, 0.0).to(L.dtype)
+            Y = tl.dot(block, X.to(L.dtype), input_precision=PRECISION)
+            X -= tl.dot(X.to(L.dtype), Y.to(L.dtype), input_precision=PRECISION)
+    first, second = tl.split(tl.permute(X, (1, 2, 0)))
+    r = tl.arange(0, D)[:, None]
+    s = tl.arange(0, D)[None, :]
+    below = at + (D + r) * C + s
+    Y = tl.dot(tl.load(L_ptr + below), first.to(L.dtype), input_precision=PRECISION)
+    low = -tl.dot(second.to(L.dtype), Y.to(L.dtype), input_precision=PRECISION)
+    b = write_strength(beta_ptr + (half + j) * beta_stride, half + j < length, FAST)
+    tl.store(M_ptr + both, (X * b).to(OP))
+    tl.store(M_ptr + below, (low * write_strength(beta_ptr + s * beta_stride, s < length, FAST)).to(OP))
+    zero = tl.zeros([D, D], OP)
+    above = at + r * C + D + s
+    tl.store(M_ptr + above, zero)
     if KEEP:
-        tl.store(T_ptr + square, T.to(OP))
-        tl.store(b_ptr + (c * H + h) * C + rows, b)
+        tl.store(T_ptr + both, X.to(OP))
+        tl.store(T_ptr + below, low.to(OP))
+        tl.store(T_ptr + above, zero)
+        rows = tl.arange(0, C)
+        tl.store(b_ptr + (c * H + h) * C + rows, write_strength(beta_ptr + rows * beta_stride, rows < length, FAST))
 
 
 @triton.jit

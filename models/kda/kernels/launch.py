@@ -152,7 +152,7 @@ def combine(plan: Plan, maps: Tensor, first: Tensor | None, *, reverse: bool = F
     combine_kernel[(plan.V // options["BV"], plan.H, plan.layout.sequences)](
         maps, maps if first is None else first, states, plan.layout.spans,
         H=plan.H, K=plan.K, V=plan.V, HAS_FIRST=first is not None, REVERSE=reverse, **options,
-        PRECISION="tf32x3" if plan.low else "ieee",
+        PRECISION="tf32" if plan.low else "ieee",
     )  # fmt: skip
     return states
 
@@ -163,10 +163,10 @@ def chunk_gradients(
     """Gradients of q, k, v, g, beta, A_log and dt_bias, shaped like them, from both scans."""
     chunks, H, HK, K, V = plan.layout.chunks, plan.H, plan.HK, plan.K, plan.V
     count, grid = len(chunks), (H, len(chunks))
-    dA, dP = torch.empty_like(parts.A), torch.empty_like(parts.A)
+    squares = do.new_empty(count, H, 4, CHUNK, CHUNK)
     dbeta = do.new_empty(len(do), H)
     products_back_kernel[grid](
-        do, kept.new, back.new, parts.b, chunks, dA, dP, dbeta, H=H, V=V, C=CHUNK, **plan.products, **config("products_back")
+        do, kept.new, back.new, parts.b, chunks, squares, dbeta, H=H, V=V, C=CHUNK, **plan.products, **config("products_back")
     )  # fmt: skip
     dqd, dkd, dkt = (torch.empty_like(parts.qd) for _ in range(3))
     dlast, drate, dbias = (torch.empty_like(parts.decay) for _ in range(3))
@@ -181,7 +181,7 @@ def chunk_gradients(
         x.q, x.k, x.g, x.A_log, x.dt_bias, chunks,
         sum_matrices(torch.float16 if plan.low else torch.float32, do.device),
         sum_matrices(do.dtype, do.device, transposed=True), parts.norms,
-        dA, dP, dqd, dkd, dkt, dlast, dq, dk, dg, drate, dbias,
+        squares, dqd, dkd, dkt, dlast, dq, dk, dg, drate, dbias,
         x.q.stride(0), x.k.stride(0), x.g.stride(0), plan.scale,
         **plan.dims, **plan.gate, **plan.products, **options,
     )  # fmt: skip
