@@ -1,6 +1,7 @@
 """A teacher becomes a Hybrid-KDA student: weights carried over, then norms and decay gates calibrated on real text.
 
-This is where distillation starts (GenDistill, arXiv:2603.26556; our departures are in models/README.md).
+This is where distillation starts. After GenDistill (arXiv:2603.26556), from which this departs: no bias in the
+convolution, a bounded gate by default, an open output gate, fitted norms and half-lives.
 """
 
 import copy
@@ -43,12 +44,14 @@ class HalfLives:
 UNCALIBRATED = HalfLives(2, 2048, "rising")
 CANDIDATES = (
     UNCALIBRATED,
+    HalfLives(2, 32, "rising"),
     HalfLives(2, 2048, "rotary"),
     HalfLives(2, 128, "rotary"),
     HalfLives(2, 32, "rotary"),
 )
-"""What calibration chooses from, head by head. On SmolLM2-135M and held-out text the choice lowers a layer's mean
-relative error from 1.11 to 0.80 (norms fitted in both); eight candidates reach 0.79."""
+"""What calibration chooses from, head by head. SmolLM2-135M, `uniform`, bfloat16, on the probe's half of our own text,
+as converted / with fitted norms / with chosen half-lives too: mean relative error of a layer 4.30 / 1.14 / 0.82, KL
+from the teacher 11.9 / 4.3 / 2.2 nats a token. Three more candidates change neither (0.82, 2.2)."""
 
 
 def convert(

@@ -29,7 +29,7 @@ def probe(student: Any, teacher: Any, tokens: Tensor, report: Report | None = No
         layers.append({"layer": seen.layer, **likeness(output, seen.output)})
         if report:
             report("probe", done, len(kda_layers))
-    return {"layers": layers, **_end_to_end(student, teacher, tokens), "tokens": tokens.numel()}
+    return {"layers": layers, **end_to_end(student, teacher, tokens), "tokens": tokens.numel()}
 
 
 def likeness(output: Tensor, wanted: Tensor) -> dict[str, float]:
@@ -41,7 +41,9 @@ def likeness(output: Tensor, wanted: Tensor) -> dict[str, float]:
     }
 
 
-def _end_to_end(student: Any, teacher: Any, tokens: Tensor) -> dict[str, float]:
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def end_to_end(student: Any, teacher: Any, tokens: Tensor) -> dict[str, float]:
+    """kl_nats and top1_agreement of any two models with one vocabulary on ``tokens`` [B, T]; see `probe`."""
     divergence, agreed = 0.0, 0
     for row in tokens.to(teacher.device):
         hidden = [model.model(row[None], use_cache=False).last_hidden_state[0] for model in (teacher, student)]
