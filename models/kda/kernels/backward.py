@@ -9,7 +9,8 @@ rows      from these to q, k (normalised) and the gate input; with r = decay fro
               dq_i = sum_j dA_ij k_j r + exp(G_i) dQ_i       a_i = sum_j dP_ij k_j r + exp(G_i) dK_i
               c_j = sum_i (dP_ij k_i + dA_ij q_i) r + exp(G_C - G_j) dKt_j       dk = a + c
           dg by the chain rule through every exponent; the short way, the sum from the end of q dq + k a - k c, cancels
-          badly where a strong decay lies between
+          badly where a strong decay lies between. For either gate by the levels that never exponentiate upwards: more
+          products than the forward's panels, but the kernel stays within its registers.
 norms     through the L2 norms, and the sum over the heads that share a k head.
 
 That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
@@ -105,8 +106,8 @@ def products_back_kernel(
 ):  # fmt: skip
     """dA_qk, dP and their transposes [chunks, H, 4, C, C], dbeta [tokens, H], in the inputs' dtype.
 
-    One program a (head, chunk). The transposes are made and kept because `tl.trans` of a masked tile reads out of
-    bounds on a Hopper GPU (Triton 3.6).
+    One program a (head, chunk). The transposes are kept because rows_back_kernel needs masked ones, and `tl.trans` of
+    what was made in registers costs a detour.
     """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
@@ -170,47 +171,6 @@ def states_back_kernel(
 
 
 @triton.jit
-def sum_back(transposed, Z, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradient [C, BK] of the log decays, given that of exponents that were matrix @ log decays.
-
-    SPLIT: in two halves of the operands' precision, for a matrix with which much cancels.
-    """
-    # The matrix comes transposed: `tl.trans` of one made in registers reads out of bounds on a Hopper GPU (Triton 3.6).
-    high = Z.to(transposed.dtype)
-    dg = tl.dot(transposed, high, input_precision=PRECISION)
-    if SPLIT:
-        low = (Z - high.to(tl.float32)).to(transposed.dtype)
-        dg = tl.dot(transposed, low, dg, input_precision=PRECISION)
-    return dg
-
-
-@triton.jit
-def unmeet(q, k, later, earlier, dA, dP, dA_T, dP_T, mask, mask_T, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """What A_ij = sum_d q_i later_i k_j earlier_j, and k for q, give to dq_i, a_i and c_j where ``mask`` holds."""
-    columns = (k * earlier).to(OP)
-    dq = later * tl.dot(tl.where(mask, dA, 0.0).to(OP), columns, input_precision=PRECISION)
-    a = later * tl.dot(tl.where(mask, dP, 0.0).to(OP), columns, input_precision=PRECISION)
-    c = tl.dot(tl.where(mask_T, dA_T, 0.0).to(OP), (q * later).to(OP), input_precision=PRECISION)
-    c = tl.dot(tl.where(mask_T, dP_T, 0.0).to(OP), (k * later).to(OP), c, input_precision=PRECISION)
-    return dq, a, earlier * c
-
-
-@triton.jit
-def unmeet_level(
-    dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, N: tl.constexpr,
-    C: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """Add the level of half-blocks of 2^N tokens; forward.meet mirrored."""
-    E = exp2(tl.dot(sum_matrix(sums_ptr, 6 + N, C), g, input_precision=PRECISION), FAST)
-    mask, mask_T = level_mask(rows[:, None], rows[None, :], 2**N), level_mask(rows[None, :], rows[:, None], 2**N)
-    own_dq, own_a, own_c = unmeet(q, k, E, E, dA, dP, dA_T, dP_T, mask, mask_T, OP, PRECISION)
-    # A row is in the later half or in the earlier one, so one of these is 0.
-    Z = q * own_dq + k * (own_a + own_c)
-    dg += sum_back(sum_matrix(back_ptr, 6 + N, C), Z, False, PRECISION)
-    return dq + own_dq, a + own_a, c + own_c, dg
-
-
-@triton.jit
 def rows_back_kernel(
     q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, back_ptr, norms_ptr,
     squares_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
@@ -245,45 +205,43 @@ def rows_back_kernel(
     k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     q *= tl.load(norms_ptr + at * 2 * C + rows)[:, None]
     k *= tl.load(norms_ptr + at * 2 * C + C + rows)[:, None]
-    square = squares_ptr + at * 4 * C * C + i * C + j
-    dA, dP = tl.load(square), tl.load(square + C * C)
-    dA_T, dP_T = tl.load(square + 2 * C * C), tl.load(square + 3 * C * C)
     wide = at * C * K + i * K + cols[None, :]
     whole = exp2(tl.dot(sum_matrix(sums_ptr, 0, C), g, input_precision=PRECISION), FAST)
     dq = whole * tl.load(dqd_ptr + wide).to(tl.float32)
     a = whole * tl.load(dkd_ptr + wide).to(tl.float32)
-    dg = sum_back(sum_matrix(back_ptr, 0, C), q * dq + k * a, False, PRECISION)
+    dg = tl.dot(sum_matrix(back_ptr, 0, C), (q * dq + k * a).to(OP), input_precision=PRECISION)
     tail = exp2(tl.dot(sum_matrix(sums_ptr, 1, C), g, input_precision=PRECISION), FAST)
     c = tail * tl.load(dkt_ptr + wide).to(tl.float32)
-    dg += sum_back(sum_matrix(back_ptr, 1, C), k * c, False, PRECISION)
+    dg = tl.dot(sum_matrix(back_ptr, 1, C), (k * c).to(OP), dg, input_precision=PRECISION)
     dg += tl.load(dlast_ptr + at * K + cols)[None, :]
-    if LOWER != 0:
-        dq, a, c, dg = unmeet_level(
-            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, 5, C, OP, PRECISION, FAST
-        )
-        dq, a, c, dg = unmeet_level(
-            dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, 4, C, OP, PRECISION, FAST
-        )
-        # A block of 16 relative to its start: at most exp(80), of which both sides take half.
-        same = i // 16 == j // 16
-        x = tl.dot((same & (j <= i)).to(SUM), g, input_precision=PRECISION)
-        own_dq, own_a, own_c = unmeet(
-            q, k, exp2(x + 58.0, FAST), exp2(-58.0 - x, FAST), dA, dP, dA_T, dP_T,
-            same & (j < i), same & (i < j), OP, PRECISION,
-        )  # fmt: skip
-        dg += sum_back((same & (i <= j)).to(OP), q * own_dq + k * (own_a - own_c), True, PRECISION)
-        dq += own_dq
-        a += own_a
-        c += own_c
-    else:
-        for level in tl.static_range(0, 6):
-            dq, a, c, dg = unmeet_level(
-                dq, a, c, dg, q, k, g, sums_ptr, back_ptr, dA, dP, dA_T, dP_T, rows, level, C, OP, PRECISION, FAST
-            )
+    square = squares_ptr + at * 4 * C * C + i * C + j
     # A token's own product has no decay.
-    own = tl.sum(tl.where(i == j, dA.to(tl.float32), 0.0), 1)[:, None]
+    own = tl.sum(tl.where(i == j, tl.load(square), 0.0).to(tl.float32), 1)[:, None]
     dq += own * k
     c += own * q
+    # The levels of half-blocks of 2^n tokens, forward.meet mirrored: A_ij = sum_d q_i E_i k_j E_j, and k for q. First
+    # the later rows, then the earlier ones: all four squares at once would not fit in the registers.
+    dA, dP = tl.load(square), tl.load(square + C * C)
+    for level in range(0, 6):
+        matrix = (6 + level) * C * C + i * C + j
+        E = exp2(tl.dot(tl.load(sums_ptr + matrix), g, input_precision=PRECISION), FAST)
+        near = level_mask(i, j, 1 << level)
+        columns = (k * E).to(OP)
+        own_dq = E * tl.dot(tl.where(near, dA, 0.0).to(OP), columns, input_precision=PRECISION)
+        own_a = E * tl.dot(tl.where(near, dP, 0.0).to(OP), columns, input_precision=PRECISION)
+        dq += own_dq
+        a += own_a
+        Z = (q * own_dq + k * own_a).to(OP)
+        dg = tl.dot(tl.load(back_ptr + matrix), Z, dg, input_precision=PRECISION)
+    dA, dP = tl.load(square + 2 * C * C), tl.load(square + 3 * C * C)
+    for level in range(0, 6):
+        matrix = (6 + level) * C * C + i * C + j
+        E = exp2(tl.dot(tl.load(sums_ptr + matrix), g, input_precision=PRECISION), FAST)
+        near = level_mask(j, i, 1 << level)
+        own_c = tl.dot(tl.where(near, dA, 0.0).to(OP), (q * E).to(OP), input_precision=PRECISION)
+        own_c = E * tl.dot(tl.where(near, dP, 0.0).to(OP), (k * E).to(OP), own_c, input_precision=PRECISION)
+        c += own_c
+        dg = tl.dot(tl.load(back_ptr + matrix), (k * own_c).to(OP), dg, input_precision=PRECISION)
     out = (tokens[:, None] * H + h) * K + cols[None, :]
     tl.store(dq_ptr + out, (scale * dq).to(OP), mask=mask)
     tl.store(dk_ptr + out, (a + c).to(OP), mask=mask)

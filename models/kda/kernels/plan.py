@@ -15,9 +15,9 @@ DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
 
 CONFIGS: dict[str, dict[str, int]] = {
-    "rows": {"BK": 32, "num_warps": 4, "num_stages": 1},
-    "products": {"BK": 32, "num_warps": 4, "num_stages": 1},
-    "solve": {"num_warps": 4, "num_stages": 1},
+    "rows": {"BK": 64, "num_warps": 4, "num_stages": 1},
+    "products": {"BK": 64, "num_warps": 4, "num_stages": 2},
+    "solve": {"num_warps": 1, "num_stages": 1},
     "map": {"BV": 64, "num_warps": 4, "STAGES": 2},
     "combine": {"BV": 32, "num_warps": 4},
     "scan": {"BV": 128, "num_warps": 8, "STAGES": 2},
@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "scan_back": {"BV": 64, "num_warps": 4, "STAGES": 1},
     "products_back": {"num_warps": 4, "num_stages": 1},
     "states_back": {"BK": 64, "num_warps": 4, "num_stages": 1},
-    "rows_back": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "rows_back": {"BK": 32, "num_warps": 8, "num_stages": 1},
     "norms_back": {"BT": 16, "num_warps": 4},
     "step": {"BV": 32, "num_warps": 4},
 }
