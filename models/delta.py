@@ -62,8 +62,10 @@ def save_delta(
     none does. Vectors, short rows, and matrices that the rank would not make smaller are stored full.
     factors: name -> (A, B) with tensor = teacher's + A @ B, as LoRA trains them; stored as they are.
     note: evalkit.json; what a reader must know, beside the delta's own summary. file_bytes: largest delta file.
-    ValueError: a pattern or a factor of no tensor, an unknown encoding, factors that don't give the tensor.
+    ValueError: a pattern or a factor of no tensor, an unknown encoding, factors that don't give the tensor, a folder
+    that holds something else (an earlier student, with its evalkit.json, is replaced).
     """
+    _check_target(folder, teacher.name)
     encoding, factors = encoding or {}, factors or {}
     tensors = own_tensors(student)
     _check_request(encoding, factors, tensors)
@@ -117,24 +119,25 @@ def load_delta(
     told = read_delta(folder)
     stored = _read(folder, told["files"])
     base = _load_teacher(folder, told, teacher, options)
-    config = AutoConfig.from_pretrained(folder)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"):
-        expected = {key: value.shape for key, value in own_tensors(kind(config)).items()}
+    label = name or str(folder)
     try:
+        config = AutoConfig.from_pretrained(folder)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with torch.device("meta"):
+            expected = {key: value.shape for key, value in own_tensors(kind(config)).items()}
         state = dict(_unpacked(told["tensors"], stored, teacher_tensor(base.model.state_dict()), expected))
-        wanted = DTYPES[told["dtype"]] if dtype == "auto" else DTYPES[dtype]
+        wanted = DTYPES[told["dtype"] if dtype == "auto" else dtype]
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
         )
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"the delta {folder} can't be read: {error}; download or save it again") from error
-    label = name or str(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        own = any((folder / file).is_file() for file in TOKENIZER_FILES)
+        tokenizer = AutoTokenizer.from_pretrained(folder) if own else base.tokenizer
+    except Exception as error:  # as in `load`: each library raises types of its own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the delta {folder} can't be read: {reason}; download or save it again") from error
     check_whole(label, model, info)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    own = any((folder / file).is_file() for file in TOKENIZER_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(folder) if own else base.tokenizer
     return describe(model.to(pick_device(device)).eval(), tokenizer, label, read_note(str(folder)))
 
 
@@ -167,6 +170,15 @@ def own_tensors(model: Any) -> dict[str, Tensor]:
 
 
 # --- saving ------------------------------------------------------------------------------------------------------
+
+
+def _check_target(folder: Path, teacher: str) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / NOTE_FILE).is_file()):
+        raise ValueError(f"{folder} exists and holds no earlier student (it has no {NOTE_FILE}): give another folder")
+    if Path(teacher).is_dir() and Path(teacher).samefile(folder):
+        raise ValueError(f"{folder} is the teacher's own folder: give another one")
 
 
 def _check_request(encoding: Mapping[str, str], factors: Factors, names: Mapping[str, Tensor]) -> None:

@@ -259,3 +259,19 @@ def test_teachers_that_cannot_be_converted_are_named() -> None:
     teacher.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ValueError, match="the teacher is quantised"):
         convert(teacher, "none")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("options", [{}, {"gate": "softplus", "rope": True}], ids=str)
+def test_on_a_gpu_the_probe_says_what_it_says_on_the_cpu(options: dict[str, Any]) -> None:
+    """Through the kernels, calibration and probe in bfloat16."""
+    found = []
+    for device in ("cpu", "cuda"):
+        teacher = tiny_teacher("qwen3", head_dim=64).to(device, torch.bfloat16)
+        student = convert(teacher, [1], **options)
+        assert {value.device.type for value in student.state_dict().values()} == {device}
+        calibrate(student, teacher, TEXT)
+        found.append(probe(student, teacher, TEXT))
+    for one, other in zip(found[0].pop("layers"), found[1].pop("layers"), strict=True):
+        assert one == pytest.approx(other, abs=0.03)
+    assert found[0] == pytest.approx(found[1], abs=0.05)

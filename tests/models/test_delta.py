@@ -205,6 +205,8 @@ A_LOG = "model.layers.0.kda.A_log"
         (lambda f: (f / "delta.json").write_text('{"schema": 1'), "delta.json can't be read"),
         (lambda f: (f / "delta.json").write_text("{}"), "has the schema None: expected 'evalkit.delta/1'"),
         (lambda f: edit(f, lambda told: told.pop("files")), "lacks files"),
+        (lambda f: (f / "config.json").write_text("{"), "the delta .* can't be read: .*config.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "the delta .* can't be read"),
         (lambda f: rewrite(f, lambda stored: stored.pop(A_LOG)), f"{A_LOG} is missing"),
         (lambda f: edit(f, lambda told: told["tensors"].pop(A_LOG)), f"{A_LOG} is missing, and the teacher has none"),
         (
@@ -255,6 +257,19 @@ def test_what_cannot_be_saved_is_told(teacher: Loaded, student: Any, tmp_path: P
     with pytest.raises(ValueError, match="f_a_proj.weight holds NaN or infinity"):
         save_delta(student, teacher, tmp_path / "delta", encoding={"*": "int8"})
     assert not (tmp_path / "delta").exists()
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(teacher: Loaded, student: Any, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="exists and holds no earlier student"):
+        save_delta(student, teacher, tmp_path / "work")
+    (tmp_path / "teacher" / "evalkit.json").write_text("{}")
+    with pytest.raises(ValueError, match="is the teacher's own folder"):
+        save_delta(student, teacher, tmp_path / "teacher")
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
+    for _ in range(2):
+        save_delta(student, teacher, tmp_path / "delta")
 
 
 def test_files_are_split_at_the_size_asked_for(teacher: Loaded, student: Any, tmp_path: Path) -> None:
