@@ -40,6 +40,8 @@ from models.mapping import teacher_tensor
 from models.packing import Entry, check_encoding, pack, pack_factors, unpack
 
 SCHEMA = "evalkit.delta/1"
+HEADER = 128
+"""Bytes that a safetensors file spends on itself, and on each tensor beside its name and data; at most."""
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -217,13 +219,14 @@ def _key(name: str, part: str) -> str:
 def _write(folder: Path, stored: Mapping[str, Tensor], file_bytes: int) -> dict[str, str]:
     """File name -> sha256. One file, or as many as ``file_bytes`` asks for; a tensor is never split."""
     files: list[dict[str, Tensor]] = [{}]
-    size = 0
+    size = HEADER
     for key, tensor in stored.items():
-        if files[-1] and size + tensor.nbytes > file_bytes:
+        more = tensor.nbytes + len(key.encode()) + HEADER
+        if files[-1] and size + more > file_bytes:
             files.append({})
-            size = 0
+            size = HEADER
         files[-1][key] = tensor
-        size += tensor.nbytes
+        size += more
     hashes = {}
     for at, tensors in enumerate(files, 1):
         name = "delta.safetensors" if len(files) == 1 else f"delta-{at:05}-of-{len(files):05}.safetensors"

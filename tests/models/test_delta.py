@@ -276,10 +276,8 @@ def test_files_are_split_at_the_size_asked_for(teacher: Loaded, student: Any, tm
     told = save_delta(student, teacher, tmp_path / "delta", file_bytes=5000)
     files = sorted((tmp_path / "delta").glob("*.safetensors"))
     assert len(files) > 2 and [file.name for file in files] == sorted(told["files"])
-    biggest = max(value.nbytes for value in own_tensors(student).values())
-    for file in files:
-        stored = safetensors.torch.load_file(file)
-        assert sum(value.nbytes for value in stored.values()) <= max(5000, biggest)
+    assert max(value.nbytes for value in own_tensors(student).values() if value.shape != (400, 32)) > 5000
+    assert all(f.stat().st_size <= 5000 or len(safetensors.torch.load_file(f)) == 1 for f in files), "never split"
     assert same_weights(load(str(tmp_path / "delta")).model, student)
 
 
