@@ -5,12 +5,12 @@ reverse   the gradient R of the state, from a sequence's last chunk to its first
               R  <- diag(exp G_C) R + Q^T dO - K^T (b W)
 products  dA_qk = lower(dO V'^T)     d(diag(b) A_kk) = -strictlower(W V'^T)     dbeta = (1 - b) sum_v W V'
 states    dQ = dO S^T     dK = -(b W) S^T     dKt = V' R^T     of a chunk's first state S and the R behind it
-rows      from these to q, k (normalised) and the gate input; with r = decay from j to i, dP = diag(b) dL:
+rows and  from these to q, k (normalised) and the gate input; with r = decay from j to i, dP = diag(b) dL:
+columns
               dq_i = sum_j dA_ij k_j r + exp(G_i) dQ_i       a_i = sum_j dP_ij k_j r + exp(G_i) dK_i
               c_j = sum_i (dP_ij k_i + dA_ij q_i) r + exp(G_C - G_j) dKt_j       dk = a + c
           dg by the chain rule through every exponent; the short way, the sum from the end of q dq + k a - k c, cancels
-          badly where a strong decay lies between. For either gate by the levels that never exponentiate upwards: more
-          products than the forward's panels, but the kernel stays within its registers.
+          badly where a strong decay lies between
 norms     through the L2 norms, and the sum over the heads that share a k head.
 
 That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
@@ -106,8 +106,8 @@ def products_back_kernel(
 ):  # fmt: skip
     """dA_qk, dP and their transposes [chunks, H, 4, C, C], dbeta [tokens, H], in the inputs' dtype.
 
-    One program a (head, chunk). The transposes are kept because rows_back_kernel needs masked ones, and `tl.trans` of
-    what was made in registers costs a detour.
+    One program a (head, chunk). The transposes are kept because columns_back_kernel needs masked ones, and `tl.trans`
+    of what was made in registers costs a detour.
     """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
@@ -171,58 +171,63 @@ def states_back_kernel(
 
 
 @triton.jit
+def chunk_slice(
+    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, norms_ptr, tokens, valid, rows, cols, h, at,
+    q_stride, k_stride, g_stride,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    LOWER: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Normalised q (times scale) and k, the log2 decay, and which of them are there; [C, BK]."""
+    mask = valid[:, None] & (cols < K)[None, :]
+    rate = tl.exp(tl.minimum(tl.load(A_log_ptr + h), 30.0))
+    bias = tl.load(dt_bias_ptr + h * K + cols)
+    g = gate_slice(g_ptr, tokens[:, None] * g_stride + h * K + cols[None, :], mask, bias, rate, LOWER, SUM, FAST)
+    q = tl.load(q_ptr + tokens[:, None] * q_stride + h * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    k_at = tokens[:, None] * k_stride + (h // GROUP) * K + cols[None, :]
+    k = tl.load(k_ptr + k_at, mask=mask, other=0.0).to(tl.float32)
+    q *= tl.load(norms_ptr + at * 2 * C + rows)[:, None]
+    k *= tl.load(norms_ptr + at * 2 * C + C + rows)[:, None]
+    return q, k, g, mask
+
+
+@triton.jit
 def rows_back_kernel(
     q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, back_ptr, norms_ptr,
-    squares_ptr, dqd_ptr, dkd_ptr, dkt_ptr, dlast_ptr, dq_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
+    squares_ptr, dqd_ptr, dkd_ptr, dq_ptr, dk_ptr, dg_ptr,
     q_stride, k_stride, g_stride, scale,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     LOWER: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the normalised q and k and of the gate input [tokens, H, K], in the inputs' dtype, and of A_log and
-    dt_bias summed over the chunk [chunks, H, K], float32 (A_log's still to be summed over K).
+    """The rows' side: the gradient of the normalised q, a for k, and their part of dg; [tokens, H, K], in the inputs'
+    dtype. One program a (block of BK keys, head, chunk).
 
-    One program a (block of BK keys, head, chunk).
+    Levels as in forward.meet, A_ij = sum_d q_i E_i k_j E_j and k for q. A bounded gate needs only the two upper ones,
+    and its blocks of 16 as one, relative to their start: at most exp(80), of which both sides take half.
     """
     cols = tl.program_id(0) * BK + tl.arange(0, BK)
     h = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     at = n * H + h
-    start = tl.load(chunks_ptr + 2 * n).to(tl.int64)
     rows = tl.arange(0, C)
+    tokens = tl.load(chunks_ptr + 2 * n).to(tl.int64) + rows
     valid = rows < tl.load(chunks_ptr + 2 * n + 1)
-    tokens = start + rows
     i = rows[:, None]
     j = rows[None, :]
-    mask = valid[:, None] & (cols < K)[None, :]
-    q_ptr += h * K
-    k_ptr += (h // GROUP) * K
-    A_log = tl.load(A_log_ptr + h)
-    rate = tl.exp(tl.minimum(A_log, 30.0))
-    bias = tl.load(dt_bias_ptr + h * K + cols)
-    there = tokens[:, None] * g_stride + h * K + cols[None, :]
-    g = gate_slice(g_ptr, there, mask, bias, rate, LOWER, SUM, FAST)
-    q = tl.load(q_ptr + tokens[:, None] * q_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    k = tl.load(k_ptr + tokens[:, None] * k_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    q *= tl.load(norms_ptr + at * 2 * C + rows)[:, None]
-    k *= tl.load(norms_ptr + at * 2 * C + C + rows)[:, None]
+    q, k, g, mask = chunk_slice(
+        q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, norms_ptr, tokens, valid, rows, cols, h, at,
+        q_stride, k_stride, g_stride, H, GROUP, K, C, LOWER, SUM, FAST,
+    )  # fmt: skip
     wide = at * C * K + i * K + cols[None, :]
     whole = exp2(tl.dot(sum_matrix(sums_ptr, 0, C), g, input_precision=PRECISION), FAST)
     dq = whole * tl.load(dqd_ptr + wide).to(tl.float32)
     a = whole * tl.load(dkd_ptr + wide).to(tl.float32)
     dg = tl.dot(sum_matrix(back_ptr, 0, C), (q * dq + k * a).to(OP), input_precision=PRECISION)
-    tail = exp2(tl.dot(sum_matrix(sums_ptr, 1, C), g, input_precision=PRECISION), FAST)
-    c = tail * tl.load(dkt_ptr + wide).to(tl.float32)
-    dg = tl.dot(sum_matrix(back_ptr, 1, C), (k * c).to(OP), dg, input_precision=PRECISION)
-    dg += tl.load(dlast_ptr + at * K + cols)[None, :]
     square = squares_ptr + at * 4 * C * C + i * C + j
-    # A token's own product has no decay.
-    own = tl.sum(tl.where(i == j, tl.load(square), 0.0).to(tl.float32), 1)[:, None]
-    dq += own * k
-    c += own * q
-    # The levels of half-blocks of 2^n tokens, forward.meet mirrored: A_ij = sum_d q_i E_i k_j E_j, and k for q. First
-    # the later rows, then the earlier ones: all four squares at once would not fit in the registers.
     dA, dP = tl.load(square), tl.load(square + C * C)
-    for level in range(0, 6):
+    # A token's own product has no decay.
+    dq += tl.sum(tl.where(i == j, dA, 0.0).to(tl.float32), 1)[:, None] * k
+    LEVELS: tl.constexpr = 4 if LOWER != 0 else 0
+    for level in range(LEVELS, 6):
         matrix = (6 + level) * C * C + i * C + j
         E = exp2(tl.dot(tl.load(sums_ptr + matrix), g, input_precision=PRECISION), FAST)
         near = level_mask(i, j, 1 << level)
@@ -233,24 +238,85 @@ def rows_back_kernel(
         a += own_a
         Z = (q * own_dq + k * own_a).to(OP)
         dg = tl.dot(tl.load(back_ptr + matrix), Z, dg, input_precision=PRECISION)
-    dA, dP = tl.load(square + 2 * C * C), tl.load(square + 3 * C * C)
-    for level in range(0, 6):
+    if LOWER != 0:
+        x = tl.dot(sum_matrix(sums_ptr, 12, C), g, input_precision=PRECISION)
+        near = (i // 16 == j // 16) & (j < i)
+        columns = (k * exp2(-58.0 - x, FAST)).to(OP)
+        E = exp2(58.0 + x, FAST)
+        own_dq = E * tl.dot(tl.where(near, dA, 0.0).to(OP), columns, input_precision=PRECISION)
+        own_a = E * tl.dot(tl.where(near, dP, 0.0).to(OP), columns, input_precision=PRECISION)
+        dq += own_dq
+        a += own_a
+        Z = (q * own_dq + k * own_a).to(OP)
+        dg = tl.dot(sum_matrix(back_ptr, 12, C), Z, dg, input_precision=PRECISION)
+    out = (tokens[:, None] * H + h) * K + cols[None, :]
+    tl.store(dq_ptr + out, (scale * dq).to(OP), mask=mask)
+    tl.store(dk_ptr + out, a.to(OP), mask=mask)
+    tl.store(dg_ptr + out, dg.to(OP), mask=mask)
+
+
+@triton.jit
+def columns_back_kernel(
+    q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, sums_ptr, back_ptr, norms_ptr,
+    squares_ptr, dkt_ptr, dlast_ptr, dk_ptr, dg_ptr, drate_ptr, dbias_ptr,
+    q_stride, k_stride, g_stride,
+    H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    LOWER: tl.constexpr, OP: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The columns' side, added to what rows_back_kernel left: the gradients of the normalised k and of the gate input
+    [tokens, H, K], in the inputs' dtype, and of A_log and dt_bias summed over the chunk [chunks, H, K], float32
+    (A_log's still to be summed over K). One program a (block of BK keys, head, chunk).
+    """
+    cols = tl.program_id(0) * BK + tl.arange(0, BK)
+    h = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    at = n * H + h
+    rows = tl.arange(0, C)
+    tokens = tl.load(chunks_ptr + 2 * n).to(tl.int64) + rows
+    valid = rows < tl.load(chunks_ptr + 2 * n + 1)
+    i = rows[:, None]
+    j = rows[None, :]
+    q, k, g, mask = chunk_slice(
+        q_ptr, k_ptr, g_ptr, A_log_ptr, dt_bias_ptr, norms_ptr, tokens, valid, rows, cols, h, at,
+        q_stride, k_stride, g_stride, H, GROUP, K, C, LOWER, SUM, FAST,
+    )  # fmt: skip
+    tail = exp2(tl.dot(sum_matrix(sums_ptr, 1, C), g, input_precision=PRECISION), FAST)
+    c = tail * tl.load(dkt_ptr + at * C * K + i * K + cols[None, :]).to(tl.float32)
+    dg = tl.dot(sum_matrix(back_ptr, 1, C), (k * c).to(OP), input_precision=PRECISION)
+    dg += tl.load(dlast_ptr + at * K + cols)[None, :]
+    square = squares_ptr + at * 4 * C * C + 2 * C * C + i * C + j
+    dA, dP = tl.load(square), tl.load(square + C * C)
+    c += tl.sum(tl.where(i == j, dA, 0.0).to(tl.float32), 1)[:, None] * q
+    LEVELS: tl.constexpr = 4 if LOWER != 0 else 0
+    for level in range(LEVELS, 6):
         matrix = (6 + level) * C * C + i * C + j
         E = exp2(tl.dot(tl.load(sums_ptr + matrix), g, input_precision=PRECISION), FAST)
         near = level_mask(j, i, 1 << level)
-        own_c = tl.dot(tl.where(near, dA, 0.0).to(OP), (q * E).to(OP), input_precision=PRECISION)
-        own_c = E * tl.dot(tl.where(near, dP, 0.0).to(OP), (k * E).to(OP), own_c, input_precision=PRECISION)
-        c += own_c
-        dg = tl.dot(tl.load(back_ptr + matrix), (k * own_c).to(OP), dg, input_precision=PRECISION)
+        own = tl.dot(tl.where(near, dA, 0.0).to(OP), (q * E).to(OP), input_precision=PRECISION)
+        own = E * tl.dot(tl.where(near, dP, 0.0).to(OP), (k * E).to(OP), own, input_precision=PRECISION)
+        c += own
+        dg = tl.dot(tl.load(back_ptr + matrix), (k * own).to(OP), dg, input_precision=PRECISION)
+    if LOWER != 0:
+        x = tl.dot(sum_matrix(sums_ptr, 12, C), g, input_precision=PRECISION)
+        near = (i // 16 == j // 16) & (i < j)
+        E = exp2(58.0 + x, FAST)
+        own = tl.dot(tl.where(near, dA, 0.0).to(OP), (q * E).to(OP), input_precision=PRECISION)
+        own = tl.dot(tl.where(near, dP, 0.0).to(OP), (k * E).to(OP), own, input_precision=PRECISION)
+        own *= exp2(-58.0 - x, FAST)
+        c += own
+        dg = tl.dot(sum_matrix(back_ptr, 12, C), (-k * own).to(OP), dg, input_precision=PRECISION)
     out = (tokens[:, None] * H + h) * K + cols[None, :]
-    tl.store(dq_ptr + out, (scale * dq).to(OP), mask=mask)
+    dg += tl.load(dg_ptr + out, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(dk_ptr + out, mask=mask, other=0.0).to(tl.float32)
     tl.store(dk_ptr + out, (a + c).to(OP), mask=mask)
-    x = tl.load(g_ptr + there, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    A_log = tl.load(A_log_ptr + h)
+    rate = tl.exp(tl.minimum(A_log, 30.0))
+    x = tl.load(g_ptr + tokens[:, None] * g_stride + h * K + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(dt_bias_ptr + h * K + cols)[None, :]
     LOG2E: tl.constexpr = 1.4426950408889634
     if LOWER != 0:
         s = sigmoid(rate * LOG2E * x, FAST)
-        slope = LOWER * s * (1.0 - s) * dg
-        dx = rate * slope
+        dx = rate * LOWER * s * (1.0 - s) * dg
         drate = dx * x
     else:
         dx = -rate * sigmoid(LOG2E * x, FAST) * dg

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from models.kda.kernels.backward import (
+    columns_back_kernel,
     norms_back_kernel,
     products_back_kernel,
     rows_back_kernel,
@@ -176,14 +177,18 @@ def chunk_gradients(
         H=H, K=K, V=V, C=CHUNK, **plan.products, **options,
     )  # fmt: skip
     dq, dk, dg = (do.new_empty(len(do), H, K) for _ in range(3))
+    inputs = x.q, x.k, x.g, x.A_log, x.dt_bias, chunks
+    narrow = torch.float16 if plan.low else torch.float32
+    sums = sum_matrices(narrow, do.device), sum_matrices(do.dtype, do.device, transposed=True)
+    strides = x.q.stride(0), x.k.stride(0), x.g.stride(0)
+    shared = {**plan.dims, **plan.gate, **plan.products}
     options = config("rows_back", BK=K)
     rows_back_kernel[(K // options["BK"], *grid)](
-        x.q, x.k, x.g, x.A_log, x.dt_bias, chunks,
-        sum_matrices(torch.float16 if plan.low else torch.float32, do.device),
-        sum_matrices(do.dtype, do.device, transposed=True), parts.norms,
-        squares, dqd, dkd, dkt, dlast, dq, dk, dg, drate, dbias,
-        x.q.stride(0), x.k.stride(0), x.g.stride(0), plan.scale,
-        **plan.dims, **plan.gate, **plan.products, **options,
+        *inputs, *sums, parts.norms, squares, dqd, dkd, dq, dk, dg, *strides, plan.scale, **shared, **options
+    )  # fmt: skip
+    options = config("columns_back", BK=K)
+    columns_back_kernel[(K // options["BK"], *grid)](
+        *inputs, *sums, parts.norms, squares, dkt, dlast, dk, dg, drate, dbias, *strides, **shared, **options
     )  # fmt: skip
     to_q, to_k = torch.empty_like(dq), do.new_empty(len(do), HK, K)
     options = config("norms_back")

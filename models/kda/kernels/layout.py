@@ -75,12 +75,12 @@ def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
 
 @lru_cache(maxsize=16)
 def sum_matrices(dtype: torch.dtype, device: torch.device, transposed: bool = False) -> Tensor:
-    """0, 1 and -1 matrices [12, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of a chunk's products.
+    """0, 1 and -1 matrices [13, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of a chunk's products.
 
     0: row i sums the tokens up to i. 1: those behind i. 2 + n: from behind i to just before the n-th block of 16 for
     rows before the block; minus the block's tokens up to i for rows in it; nothing for rows after it. 6 + n: where
     half-blocks of 2^n tokens meet, in pairs: a row of the later half sums from the half's start to itself, a row of
-    the earlier one from behind itself to its end.
+    the earlier one from behind itself to its end. 12: row i sums its block of 16 up to i.
     """
     i, s = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
     found = [(s <= i).float(), (s > i).float()]
@@ -93,5 +93,6 @@ def sum_matrices(dtype: torch.dtype, device: torch.device, transposed: bool = Fa
         half = 2**n
         meet = torch.where(i // half % 2 == 1, s <= i, s > i)
         found.append((meet & (s // half == i // half)).float())
+    found.append(((i // 16 == s // 16) & (s <= i)).float())
     matrices = torch.stack(found)
     return (matrices.mT.contiguous() if transposed else matrices).to(device, dtype)

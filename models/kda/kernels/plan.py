@@ -25,7 +25,8 @@ CONFIGS: dict[str, dict[str, int]] = {
     "scan_back": {"BV": 64, "num_warps": 4, "STAGES": 1},
     "products_back": {"num_warps": 4, "num_stages": 1},
     "states_back": {"BK": 64, "num_warps": 4, "num_stages": 1},
-    "rows_back": {"BK": 32, "num_warps": 8, "num_stages": 1},
+    "rows_back": {"BK": 32, "num_warps": 4, "num_stages": 1},
+    "columns_back": {"BK": 32, "num_warps": 4, "num_stages": 1},
     "norms_back": {"BT": 16, "num_warps": 4},
     "step": {"BV": 32, "num_warps": 4},
 }
