@@ -296,6 +296,9 @@ def bench_kda(
     keep_compiled: Annotated[
         bool, typer.Option("--keep-compiled", help="Use Triton's cache: first calls are no longer first.")
     ] = False,
+    fla_configs: Annotated[
+        int, typer.Option(help="Configurations that fla's autotuner tries a kernel; 0: all, minutes a size.")
+    ] = 0,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     out: BenchDir = None,
@@ -314,6 +317,7 @@ def bench_kda(
     shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
     what: dict[str, Any] = {"dtype": dtype, "backward": backward, "decode_batch": decode_batch, "profile": profile}
     how: dict[str, Any] = {"device": device, "repeats": repeats, "keep_compiled": keep_compiled, "seed": seed}
+    how["fla_configs"] = fla_configs
     settings = kda_settings.Settings(**lists, **shape, **what, **how)
     _bench(kda, kda_tables, settings, "bench-kda", out, json_output)
 

@@ -45,7 +45,7 @@ def bench(settings: Settings, *, report: Report | None = None, save: Save | None
     rows that say so; the others go on.
     """
     settings, device, notes = settled(settings)
-    with _compiled_anew(device, settings):
+    with _compiled_anew(device, settings), _few_configs(settings.fla_configs):
         return _Bench(settings, device, notes, report, save).run()
 
 
@@ -208,6 +208,22 @@ def _compiled_anew(device: torch.device, settings: Settings) -> Iterator[None]:
                 os.environ["TRITON_CACHE_DIR"] = before
 
 
+@contextmanager
+def _few_configs(limit: int) -> Iterator[None]:
+    """Triton's autotuner (fla's kernels use it, ours don't) tries the first ``limit`` configurations; 0: all."""
+    if not limit:
+        yield
+        return
+    from triton.runtime.autotuner import Autotuner
+
+    whole = Autotuner.prune_configs
+    Autotuner.prune_configs = lambda self, *args, **kwargs: whole(self, *args, **kwargs)[:limit]
+    try:
+        yield
+    finally:
+        Autotuner.prune_configs = whole
+
+
 def _method(settings: Settings, device: torch.device) -> list[str]:
     """How it was measured, as the report says it."""
     gpu = device.type == "cuda"
@@ -229,6 +245,11 @@ def _method(settings: Settings, device: torch.device) -> list[str]:
         f"tokens; bounded gate with lower bound {LOWER_BOUND:g}; seed {settings.seed}. Gate, sigmoid and L2 norm are "
         f"part of what is timed. forward: without autograd. forward+backward: gradients of all seven arguments.",
         "decode: one token of each sequence, float32 state updated in place.",
+        *(
+            [f"fla's autotuner tried at most {settings.fla_configs} configurations a kernel: its best may be faster."]
+            if settings.fla_configs and "fla" in settings.impls
+            else []
+        ),
         f"First call: the first at that size, with compilation and tuning{f' ({cache})' if gpu else ''}.",
         "Peak memory: above the inputs, with outputs; for forward+backward with the gradients.",
         f"Floor: the larger of (inputs read once and outputs written once) / (bandwidth of a large copy) and "

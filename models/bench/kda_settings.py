@@ -36,6 +36,8 @@ class Settings:
     """The time of each kernel, too (a GPU only)."""
     keep_compiled: bool = False
     """Take Triton's cache of compiled kernels as it is; otherwise the first calls compile everything."""
+    fla_configs: int = 0
+    """fla's autotuner tries at most so many configurations a kernel; 0: all of them, which takes minutes a size."""
 
 
 def settled(settings: Settings) -> tuple[Settings, torch.device, list[str]]:
@@ -74,6 +76,8 @@ def _check(settings: Settings, gpu: bool) -> None:
     check_positive("tokens", settings.tokens)
     for name in ("heads", "kv_heads", "head_dim", "batch", "repeats"):
         check_positive(name, [getattr(settings, name)])
+    if settings.fla_configs < 0:
+        raise ValueError(f"fla_configs is {settings.fla_configs}: expected a number of configurations, or 0 for all")
     if settings.decode_batch < 0:
         raise ValueError(f"decode_batch is {settings.decode_batch}: expected a batch, or 0 for no decode step")
     if settings.heads % settings.kv_heads:
