@@ -59,7 +59,7 @@ def triton_step(
     lower_bound: float,
     scale: float,
 ) -> Tensor:
-    """As `models.kda.api.kda_step`: q [B, H, K], ...; ``state`` [B, H, K, V] is updated in place. Returns o [B, H, V]."""
+    """As `models.kda.api.kda_step`: ``state`` [B, H, K, V] is updated in place; returns o [B, H, V]."""
     check_kernels(q, v, gate, lower_bound)
     B, H, K = q.shape
     HK, V = v.shape[1:]

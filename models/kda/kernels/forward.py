@@ -135,7 +135,7 @@ def panel(
 @triton.jit
 def write_panel(A_ptr, L_ptr, A, L, q_inv_ptr, k_inv_ptr, beta_ptr, beta_stride, length, rows,
     J: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Store rows J .. J + 15 of A_qk and of L = diag(b) A_kk, given transposed [C, 16] and without those rows' norms."""
+    """Store rows J .. J + 15 of A_qk and of L = diag(b) A_kk, given transposed [C, 16], the rows' norms still out."""
     own = J + tl.arange(0, 16)
     to = own[None, :] * C + rows[:, None]
     b = write_strength(beta_ptr + own * beta_stride, own < length, FAST)
@@ -292,9 +292,9 @@ def solve_kernel(
 ):  # fmt: skip
     """T = (I + L)^-1 and M = T diag(b) [C, C] of a chunk, in the inputs' dtype; one program a (head, chunk).
 
-    KEEP stores T too, and b [chunks, H, C] in float32: the backward reads them. By blocks of 2, 4, ... C: T <- T - T L_block T. Every intermediate is
-    the inverse of a diagonal block, whose entries lie within 1 for KDA (a block of the delta rule maps unit values to
-    errors no larger), so nothing is cancelled, unlike in a power series.
+    KEEP stores T too, and b [chunks, H, C] in float32: the backward reads them. By blocks of 2, 4, ... C:
+    T <- T - T L_block T. Every intermediate is the inverse of a diagonal block, whose entries lie within 1 for KDA (a
+    block of the delta rule maps unit values to errors no larger), so nothing is cancelled, unlike in a power series.
     """
     h = tl.program_id(0)
     c = tl.program_id(1).to(tl.int64)
@@ -311,7 +311,7 @@ def solve_kernel(
     L = tl.load(L_ptr + both)
     X = tl.where(i == j, 1.0, 0.0) - tl.where(level_mask(i, j, 1), L, 0.0).to(tl.float32)
     for n in tl.static_range(1, 5):
-        if D > 2**n:
+        if 2**n < D:
             block = tl.where(level_mask(i, j, 2**n), L, 0.0).to(L.dtype)
             Y = tl.dot(block, X.to(L.dtype), input_precision=PRECISION)
             X -= tl.dot(X.to(L.dtype), Y.to(L.dtype), input_precision=PRECISION)

@@ -163,16 +163,17 @@ def chunk_gradients(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, g, beta, A_log and dt_bias, shaped like them, from both scans."""
     chunks, H, HK, K, V = plan.layout.chunks, plan.H, plan.HK, plan.K, plan.V
-    count, grid = len(chunks), (H, len(chunks))
+    count = len(chunks)
     squares = do.new_empty(count, H, 4, CHUNK, CHUNK)
     dbeta = do.new_empty(len(do), H)
-    products_back_kernel[grid](
-        do, kept.new, back.new, parts.b, chunks, squares, dbeta, H=H, V=V, C=CHUNK, **plan.products, **config("products_back")
+    products_back_kernel[(H, count)](
+        do, kept.new, back.new, parts.b, chunks, squares, dbeta,
+        H=H, V=V, C=CHUNK, **plan.products, **config("products_back"),
     )  # fmt: skip
     dqd, dkd, dkt = (torch.empty_like(parts.qd) for _ in range(3))
     dlast, drate, dbias = (torch.empty_like(parts.decay) for _ in range(3))
     options = config("states_back", BK=K)
-    states_back_kernel[(K // options["BK"], *grid)](
+    states_back_kernel[(K // options["BK"], H, count)](
         do, kept.new, back.new, parts.b, kept.states, back.states, parts.decay, chunks, dqd, dkd, dkt, dlast,
         H=H, K=K, V=V, C=CHUNK, **plan.products, **options,
     )  # fmt: skip
@@ -183,11 +184,11 @@ def chunk_gradients(
     strides = x.q.stride(0), x.k.stride(0), x.g.stride(0)
     shared = {**plan.dims, **plan.gate, **plan.products}
     options = config("rows_back", BK=K)
-    rows_back_kernel[(K // options["BK"], *grid)](
+    rows_back_kernel[(K // options["BK"], H, count)](
         *inputs, *sums, parts.norms, squares, dqd, dkd, dq, dk, dg, *strides, plan.scale, **shared, **options
     )  # fmt: skip
     options = config("columns_back", BK=K)
-    columns_back_kernel[(K // options["BK"], *grid)](
+    columns_back_kernel[(K // options["BK"], H, count)](
         *inputs, *sums, parts.norms, squares, dkt, dlast, dk, dg, drate, dbias, *strides, **shared, **options
     )  # fmt: skip
     to_q, to_k = torch.empty_like(dq), do.new_empty(len(do), HK, K)

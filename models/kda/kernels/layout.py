@@ -46,7 +46,11 @@ def dense(batch: int, tokens: int) -> tuple[int, ...]:
 def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
     """Cut the sequences that begin at ``starts`` (the end behind them) into chunks and at most ``segments`` segments
     each."""
-    chunks, pieces, jobs, jobs_back, spans = [], [], [], [], []
+    chunks: list[tuple[int, int]] = []
+    pieces: list[tuple[int, ...]] = []
+    jobs: list[tuple[int, int]] = []
+    jobs_back: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     for n, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         first = len(chunks)
         chunks += [(at, min(CHUNK, end - at)) for at in range(start, end, CHUNK)]
@@ -75,7 +79,7 @@ def cut(starts: tuple[int, ...], segments: int, device: torch.device) -> Layout:
 
 @lru_cache(maxsize=16)
 def sum_matrices(dtype: torch.dtype, device: torch.device, transposed: bool = False) -> Tensor:
-    """0, 1 and -1 matrices [13, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give the exponents of a chunk's products.
+    """0, 1 and -1 matrices [13, CHUNK, CHUNK]; times log-decays [CHUNK, K] they give a chunk's exponents.
 
     0: row i sums the tokens up to i. 1: those behind i. 2 + n: from behind i to just before the n-th block of 16 for
     rows before the block; minus the block's tokens up to i for rows in it; nothing for rows after it. 6 + n: where

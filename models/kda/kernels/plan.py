@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, int]] = {
     "norms_back": {"BT": 16, "num_warps": 4},
     "step": {"BV": 32, "num_warps": 4},
 }
-"""Fixed, so that a first call costs seconds. Chosen on an H200; the figures are in models/README.md."""
+"""Fixed, so that a first call costs seconds. Chosen on an H100; the figures are in models/README.md."""
 
 
 def config(kernel: str, **limits: int) -> dict[str, int]:
