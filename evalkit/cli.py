@@ -27,6 +27,9 @@ app = typer.Typer(
     epilog="Start with `evalkit demo`, or `evalkit compare TEACHER STUDENT --tasks quick --mode both`.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure kernels and models on this machine.")
+app.add_typer(bench, name="bench")
+
 Tasks = Annotated[
     str | None,
     typer.Option(
@@ -67,6 +70,11 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub mod
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 ReportDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the runs made on the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Lengths = Annotated[str, typer.Option("--tokens", help="Comma-separated; 8k is 8192.", show_default="by the device")]
+BenchDir = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the Markdown.")]
+BenchDType = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.")]
+Repeats = Annotated[int, typer.Option(min=0, help="Repetitions.", show_default="by the device")]
+Profile = Annotated[bool, typer.Option("--profile", help="The time of each kernel, too (a GPU only).")]
 
 console = Console(markup=False)
 
@@ -175,6 +183,48 @@ def demo(
     _print_comparison(made, out, json_output)
 
 
+@app.command(
+    epilog="Examples: `evalkit convert smollm2-135m --out student` · `evalkit convert Qwen/Qwen3-0.6B "
+    "--keep qwen3-0.6b --delta --out student` · then `evalkit compare smollm2-135m student --tasks quick`"
+)
+def convert(
+    teacher: Annotated[str, typer.Argument(help="Llama, Qwen2 or Qwen3: hub id, model folder, or a built-in name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The student's folder.")],
+    keep: Annotated[
+        str,
+        typer.Option(help="Layers whose attention stays: 0,2,6, uniform (1 in 4), uniform:N, none, all, qwen3-0.6b."),
+    ] = "uniform",
+    gate: Annotated[Literal["bounded", "softplus"], typer.Option(help="Decay gate of the KDA layers.")] = "bounded",
+    conv_size: Annotated[int, typer.Option(min=2, help="Taps of their short convolution.")] = 4,
+    output_gate: Annotated[bool, typer.Option("--output-gate/--no-output-gate", help="Gate their output.")] = True,
+    rope: Annotated[bool, typer.Option("--rope/--no-rope", help="Rotate their q and k, as in attention.")] = False,
+    delta: Annotated[bool, typer.Option("--delta", help="Store only what differs from the teacher.")] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Calibration text: .txt, or .jsonl with a field text.", show_default="evalkit's own"),
+    ] = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    json_output: Json = False,
+) -> None:
+    """Make a student of TEACHER with Kimi Delta Attention in all layers but those kept: calibrated, not trained."""
+    _quiet()
+    from evalkit.progress import bars
+    from models.students import make_student
+    from reports.probe import probe_sentence, probe_table
+
+    how: dict[str, Any] = {"keep": keep, "delta": delta, "text": text, "dtype": dtype, "device": device}
+    kda: dict[str, Any] = {"gate": gate, "conv_size": conv_size, "output_gate": output_gate, "rope": rope}
+    with bars(True, teacher) as report:
+        note = make_student(teacher, out, report=report, **how, **kda)
+    if json_output:
+        print(json.dumps(note, indent=2))
+        return
+    console.print(probe_table(note["probe"]))
+    console.print(probe_sentence(note["probe"]))
+    console.print(f"Student kept in {out}. Next: evalkit compare {teacher} {out} --tasks quick")
+
+
 @app.command(epilog="Example: `evalkit tasks --json`")
 def tasks(json_output: Json = False) -> None:
     """List the tasks: views, primary normalisation, where the items come from."""
@@ -225,6 +275,95 @@ def show(
     console.print(f"{min(number, len(found))} of {len(found)} {kind} in {folder}")
 
 
+@bench.command(
+    "kda",
+    epilog="Examples: `evalkit bench kda --out bench` · `evalkit bench kda --tokens 8k --impl triton --profile`. "
+    "Exit code 1: an implementation failed.",
+)
+def bench_kda(
+    tokens: Lengths = "",
+    heads: Annotated[int, typer.Option(help="Heads of q.")] = 16,
+    kv_heads: Annotated[int | None, typer.Option(help="Heads of k and v.", show_default="as q")] = None,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    dtype: BenchDType = "auto",
+    gate: Annotated[str, typer.Option(help="Comma-separated.")] = "bounded,softplus",
+    impl: Annotated[
+        str, typer.Option(help="Comma-separated: triton, fla, reference, recurrent.", show_default="by the device")
+    ] = "",
+    backward: Annotated[bool, typer.Option("--backward/--no-backward", help="Forward with backward, too.")] = True,
+    decode_batch: Annotated[int, typer.Option(help="Sequences of a decode step; 0: none.")] = 64,
+    repeats: Repeats = 0,
+    profile: Profile = False,
+    keep_compiled: Annotated[
+        bool, typer.Option("--keep-compiled", help="Use Triton's cache: first calls are no longer first.")
+    ] = False,
+    fla_configs: Annotated[
+        int, typer.Option(help="Configurations that fla's autotuner tries a kernel; 0: all, minutes a size.")
+    ] = 0,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    out: BenchDir = None,
+    json_output: Json = False,
+) -> None:
+    """Time every implementation of Kimi Delta Attention on the same inputs, against the device's floor."""
+    _quiet()
+    from models.bench import kda, kda_settings, kda_tables
+    from models.bench.arguments import names, numbers
+
+    lists: dict[str, Any] = {
+        "tokens": numbers("tokens", tokens) if tokens else (),
+        "gates": names(gate),
+        "impls": names(impl),
+    }
+    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
+    what: dict[str, Any] = {"dtype": dtype, "backward": backward, "decode_batch": decode_batch, "profile": profile}
+    how: dict[str, Any] = {"device": device, "repeats": repeats, "keep_compiled": keep_compiled, "seed": seed}
+    how["fla_configs"] = fla_configs
+    settings = kda_settings.Settings(**lists, **shape, **what, **how)
+    _bench(kda, kda_tables, settings, "bench-kda", out, json_output)
+
+
+@bench.command(
+    "ttft",
+    epilog="Examples: `evalkit bench ttft --shapes qwen3-0.6b --tokens 8k,128k --out bench` · "
+    "`evalkit bench ttft ./teacher --keep 0,5,10`. Exit code 1: a side failed.",
+)
+def bench_ttft(
+    model: Annotated[str | None, typer.Argument(help="Take this model's shapes (id, folder or built-in name).")] = None,
+    shapes: Annotated[str, typer.Option(help="Comma-separated built-in shapes.", show_default="by the device")] = "",
+    config: Annotated[str | None, typer.Option(help="Shapes from a config.json.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Layers that keep attention: 0,2,6, a preset, uniform[:N].", show_default="the model's"),
+    ] = None,
+    tokens: Lengths = "",
+    batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
+    decode_steps: Annotated[int, typer.Option(help="Steps timed after each prefill.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Repetitions.")] = 5,
+    dtype: BenchDType = "auto",
+    device: Device = "auto",
+    attention: Annotated[str, typer.Option(help="sdpa (torch chooses), flash, cudnn, efficient or math.")] = "sdpa",
+    impl: Annotated[str | None, typer.Option(help="Of KDA.", show_default="by the device")] = None,
+    gate: Annotated[str | None, typer.Option(help="Of KDA: bounded or softplus.", show_default="bounded")] = None,
+    profile: Profile = False,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
+    out: BenchDir = None,
+    json_output: Json = False,
+) -> None:
+    """Time to first token, decode step and cache of a teacher beside its hybrid, with random weights."""
+    _quiet()
+    from models.bench import ttft, ttft_settings, ttft_tables
+    from models.bench.arguments import names, numbers
+
+    lists: dict[str, Any] = {"tokens": numbers("tokens", tokens) if tokens else (), "shapes": names(shapes)}
+    who: dict[str, Any] = {"model": model, "config": config, "keep": keep, "dtype": dtype, "gate": gate}
+    what: dict[str, Any] = {"batch": batch, "decode_steps": decode_steps, "attention": attention, "impl": impl}
+    how: dict[str, Any] = {"device": device, "repeats": repeats, "profile": profile, "seed": seed}
+    settings = ttft_settings.Settings(**lists, **who, **what, **how)
+    _bench(ttft, ttft_tables, settings, "bench-ttft", out, json_output)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
@@ -247,6 +386,26 @@ def _print_comparison(made: Any, out: Path, json_output: bool) -> None:
     console.print(f"Report: {out / 'compare.md'}. Items that disagree: evalkit show {out}")
     console.print(sentence(made.result))
     console.print(terminal_table(made.result, console.width))
+
+
+def _bench(what: Any, tables: Any, settings: Any, name: str, out: Path | None, json_output: bool) -> None:
+    """Measure ``settings``, keep what there is of the result as it grows, and print it."""
+    from models.bench import render
+
+    def save(result: dict[str, Any]) -> None:
+        if out:
+            render.write_result(out / name, result, tables.TITLE, tables.grids(result))
+
+    with render.progress(name) as report:
+        result = what.bench(settings, report=report, save=save)
+    if json_output:
+        print(json.dumps(result, indent=2))
+    else:
+        console.print("\n".join((*render.about(result), *result["notes"])), soft_wrap=True)
+        render.show(console, tables.grids(result))
+        if out:
+            console.print(f"Report: {out / name}.md; every sample: {out / name}.json")
+    raise typer.Exit(1 if what.failed(result) else 0)
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""A name -> a model and its tokenizer: a Hugging Face id, a local folder, or a built-in name.
+"""A name -> a model and its tokenizer: a Hugging Face id, a local folder (a delta checkpoint, too), or a built-in name.
 
 Everyone who loads a model does it here, so a name means the same in every command.
 """
@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import models.hybrid  # noqa: F401  # tells transformers of hybrids, so that their folders load
 from models.builtin import BUILTIN
 from models.fingerprint import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+DELTA_FILE = "delta.json"
+"""In the folder of a delta checkpoint (models/delta.py)."""
 NOTE_FILE = "evalkit.json"
 """Beside a model's weights: how the model was made. Its "note" is shown in reports."""
 
@@ -55,14 +58,24 @@ def load(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    teacher: str | None = None,
 ) -> Loaded:
-    """Load ``name``; ``dtype`` "auto" is the checkpoint's own. ValueError says what is missing and what to do."""
+    """Load ``name``; ``dtype`` "auto" is the checkpoint's own. ValueError says what is missing and what to do.
+
+    teacher: of a delta checkpoint, where its teacher is now; by default where it was when the delta was saved.
+    """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     where = pick_device(device)
     source = resolve(name)
-    note = read_note(source)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_delta(source):
+        from models.delta import load_delta  # it loads its teacher with this function
+
+        return load_delta(source, teacher=teacher, name=name, dtype=dtype, device=where, **options)
+    if teacher is not None:
+        raise ValueError(f"teacher {teacher!r} was given, but {name} is no delta checkpoint: it has no {DELTA_FILE}")
+    note = read_note(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -72,11 +85,11 @@ def load(
     except Exception as error:  # transformers, safetensors, tokenizers and CUDA each raise types of their own
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
-    _check_whole(name, model, info)
+    check_whole(name, model, info)
     return describe(model, tokenizer, name, note)
 
 
-def _check_whole(name: str, model: Any, info: Any) -> None:
+def check_whole(name: str, model: Any, info: Any) -> None:
     """transformers fills missing weights with random ones and only warns; such a model must not be scored."""
     missing = sorted(map(str, info.get("missing_keys", ()))) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
@@ -106,7 +119,7 @@ def resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} is not a model folder: it has no config.json")
-        if not any((path / file).is_file() for file in TOKENIZER_FILES):
+        if not is_delta(path) and not any((path / file).is_file() for file in TOKENIZER_FILES):
             raise ValueError(
                 f"model folder {name} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); "
                 f"save it there with tokenizer.save_pretrained({name!r})"
@@ -125,6 +138,11 @@ def resolve(name: str) -> str:
     if near and "/" not in name:
         raise ValueError(f"there is no model {name!r}{guess}")
     return name
+
+
+def is_delta(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``folder`` holds a delta checkpoint; its tokenizer may be its teacher's."""
+    return (Path(folder) / DELTA_FILE).is_file()
 
 
 def read_note(source: str) -> dict[str, Any] | None:

@@ -250,6 +250,7 @@ def _mean_accuracy(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def model_result(run: Run) -> dict[str, Any]:
     model = run.manifest.model
+    probe = (run.manifest.checkpoint or {}).get("probe")
     return {
         "name": model.name,
         "fingerprint": model.fingerprint,
@@ -259,6 +260,7 @@ def model_result(run: Run) -> dict[str, Any]:
         "parameters": model.parameters,
         "run": "" if run.path is None else str(run.path),
         "versions": run.manifest.versions,
+        **({"probe": probe} if probe else {}),
     }
 
 

@@ -7,6 +7,8 @@ from evalkit.records import VERDICTS
 from evalkit.stats.intervals import wilson
 from reports.cells import inline as _inline
 from reports.cells import table_of as _table
+from reports.probe import HEADERS as PROBE_HEADERS
+from reports.probe import probe_rows, probe_sentence
 from reports.table import HEADERS, SHORT, caption, lines, percent, signed
 from reports.why_markdown import why_sections
 
@@ -25,6 +27,7 @@ def compare_markdown(result: dict[str, Any]) -> str:
         _floor_table(result),
         *_loglikelihood_section(result),
         *_strata_section(result),
+        *_probe_section(result["student"].get("probe")),
     ]
     if result["notes"]:
         parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in result["notes"])]
@@ -142,6 +145,14 @@ def _strata_section(result: dict[str, Any]) -> list[str]:
         ]
         parts += [f"### {_inline(task['name'])}", _table(headers, rows)]
     return ["## By stratum", "Accuracy in percent, exploratory.", *parts] if parts else []
+
+
+def _probe_section(probe: dict[str, Any] | None) -> list[str]:
+    """How near a converted student's layers are to its teacher's, where its checkpoint says so."""
+    if probe is None:
+        return []
+    table = [_table(PROBE_HEADERS, probe_rows(probe), left=0)] if probe["layers"] else []
+    return ["## Layer probe", _inline(probe_sentence(probe)), *table]
 
 
 def _provenance(result: dict[str, Any]) -> str:

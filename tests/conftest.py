@@ -3,9 +3,11 @@
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -14,9 +16,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does
 
+# Where there is no GPU our Triton kernels run in Triton's interpreter, which Triton chooses for good when it is first
+# imported; transformers imports it with any model. So it is chosen here, before any test module is imported.
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {part for part in os.environ.get("EVALKIT_REQUIRE", "").split(",") if part}
-"""Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas."""
+"""Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, triton, fla."""
 
 
 def missing(part: str, why: str) -> None:
@@ -50,6 +57,17 @@ def lm_eval() -> None:
     """lm-evaluation-harness, the oracle of log-likelihood scores."""
     if importlib.util.find_spec("lm_eval") is None:
         missing("lm_eval", "lm-eval is not installed: pip install 'evalkit[lm-eval]'")
+
+
+@pytest.fixture(scope="session")
+def triton_kernels() -> None:
+    """Triton: compiling for the GPU, or interpreting where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        missing("triton", "triton is not installed: pip install 'evalkit[kda]' (on Linux)")
+    from triton import knobs
+
+    if not torch.cuda.is_available() and not knobs.runtime.interpret:
+        missing("triton", "triton was imported before tests/conftest.py could choose its interpreter")
 
 
 @pytest.fixture(scope="session")
