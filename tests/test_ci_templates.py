@@ -15,7 +15,7 @@ from tests.reports.runs import run_of
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW = ROOT / ".github" / "workflows" / "evalkit-check.yml"
-GITLAB = ROOT / "docs" / "gitlab-check.yml"
+GITLAB = ROOT / "reports" / "ci" / "gitlab.yml"
 
 
 def workflow() -> dict:  # type: ignore[type-arg]

@@ -739,7 +739,8 @@ def test_the_span_of_a_planted_number_is_where_it_was_planted(before: str, numbe
     said = f"{number:,}"
     if wide:
         said = said.translate({ord(d): ord(d) + 0xFEE0 for d in string.digits})
-    found = read(f"{before}\nThe answer is {said}.", "open", numeric(str(number)), "strict", "number")
+    # A sentence of its own: "if\nthe answer is 0" tells none.
+    found = read(f"{before}.\nThe answer is {said}.", "open", numeric(str(number)), "strict", "number")
     check(found, 0, said, "marker")
 
 
