@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import models.hybrid  # noqa: F401  # registers the student's class
-from models.hybrid_config import HybridKDAConfig
+from models.hybrid_config import HybridKDAConfig, check_family
 from models.kept import check_layers, keep_layers
 from models.mapping import teacher_tensor
 
@@ -75,9 +75,10 @@ def convert(
     projections. ValueError for another family, and for layers that the teacher lacks.
     """
     config = teacher.config
+    check_family(config)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("the teacher is quantised: expected one with plain floating-point weights, load it so")
-    layers = getattr(config, "num_hidden_layers", 0)
+    layers = config.num_hidden_layers
     kept = keep_layers(keep, layers) if isinstance(keep, str) else check_layers(list(keep), layers)
     config = HybridKDAConfig.from_teacher(
         config,

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
 from models.builtin import BUILTIN
-from models.folders import written_whole
+from models.folders import would_destroy, written_whole
 from models.load import (
     DELTA_FILE,
     DTYPES,
@@ -85,6 +85,8 @@ def save_delta(
         base = base_of(name)
         if base is not None and torch.equal(base.to(tensor.dtype), tensor):
             continue
+        if base is not None and base.shape != tensor.shape:
+            base = None  # grown embeddings, say: nothing to take a difference from
         if name in factors:
             entry, parts = pack_factors(name, tensor, base, *(part.detach().cpu() for part in factors[name]))
         else:
@@ -179,8 +181,8 @@ def _check_target(folder: Path, teacher: str) -> None:
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / NOTE_FILE).is_file()):
         raise ValueError(f"{folder} exists and holds no earlier student (it has no {NOTE_FILE}): give another folder")
-    if Path(teacher).is_dir() and Path(teacher).samefile(folder):
-        raise ValueError(f"{folder} is the teacher's own folder: give another one")
+    if would_destroy(folder, teacher):
+        raise ValueError(f"{folder} is the teacher's own folder, or holds it: give another one")
 
 
 def _check_request(encoding: Mapping[str, str], factors: Factors, names: Mapping[str, Tensor]) -> None:

@@ -26,15 +26,19 @@ def written_whole(folder: Path) -> Iterator[Path]:
         _sync(new)
         if folder.exists():
             folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+        new.rename(folder)
         _sync(folder.parent)
     finally:
+        # Also after Ctrl-C between the two renames, when the old folder is in the one that goes.
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def would_destroy(folder: Path, model: str) -> bool:
+    """Whether replacing ``folder`` would take a model's folder with it: ``model`` is ``folder``, or lies inside it."""
+    place = Path(model).expanduser()
+    return place.is_dir() and place.resolve().is_relative_to(folder.resolve())
 
 
 def _sync(path: Path) -> None:

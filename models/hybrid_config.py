@@ -70,10 +70,7 @@ class HybridKDAConfig(PretrainedConfig):  # type: ignore[misc]
 
         ``options`` are this class's fields. Raises ValueError for a teacher of another family or a layer it lacks.
         """
-        if teacher.model_type not in TEACHER_CONFIGS:
-            raise ValueError(
-                f"the teacher is of the family {teacher.model_type!r}: expected one of {', '.join(TEACHER_CONFIGS)}"
-            )
+        check_family(teacher)
         keep, layers = list(keep), teacher.num_hidden_layers
         if wrong := [layer for layer in keep if not 0 <= layer < layers]:
             raise ValueError(f"keep names layer {wrong[0]}: the teacher's {layers} layers are 0 to {layers - 1}")
@@ -135,6 +132,14 @@ class HybridKDAConfig(PretrainedConfig):  # type: ignore[misc]
             raise ValueError(
                 f"kda_head_dim is {self.kda_head_dim}: expected the teacher's {self.head_dim} where kda_rope is on"
             )
+
+
+def check_family(teacher: PretrainedConfig) -> None:
+    """ValueError for a teacher of another family."""
+    if teacher.model_type not in TEACHER_CONFIGS:
+        raise ValueError(
+            f"the teacher is of the family {teacher.model_type!r}: expected one of {', '.join(TEACHER_CONFIGS)}"
+        )
 
 
 def types_of(teacher: PretrainedConfig) -> list[str]:

@@ -37,6 +37,8 @@ def check_encoding(name: str, encoding: str) -> int:
 def pack(name: str, tensor: Tensor, base: Tensor | None, encoding: str) -> tuple[Entry, dict[str, Tensor]]:
     """(entry, parts to store) of ``tensor``; ``base`` is the teacher's of the same shape, if it has one."""
     rank = check_encoding(name, encoding)
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}: expected one of {', '.join(DTYPES)}")
     if rank and _matrix(tensor) and rank * sum(tensor.shape) < tensor.numel():
         change = _finite(name, tensor if base is None else tensor.float() - base.float())
         U, S, V = torch.linalg.svd(change, full_matrices=False)

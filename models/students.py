@@ -6,7 +6,8 @@ from typing import Any
 
 from models.convert import Report, calibrate, convert
 from models.delta import save_delta
-from models.folders import written_whole
+from models.folders import would_destroy, written_whole
+from models.hybrid_config import check_family
 from models.kept import keep_layers
 from models.load import NOTE_FILE, Loaded, load, read_note
 from models.probe import probe
@@ -35,6 +36,7 @@ def make_student(
     check_target(folder, name)
     teacher = load(name, dtype=dtype, device=device)
     config = teacher.model.config
+    check_family(config)
     kept = keep_layers(keep, config.num_hidden_layers)
     data = batches(teacher.tokenizer, text, window=getattr(config, "max_position_embeddings", 2**31))
     student = convert(teacher.model, kept, **options)
@@ -57,8 +59,8 @@ def check_target(folder: Path, teacher: str) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: give another --out, which becomes the student's folder")
-    if Path(teacher).is_dir() and Path(teacher).samefile(folder):
-        raise ValueError(f"{folder} is the teacher's own folder: give another --out")
+    if would_destroy(folder, teacher):
+        raise ValueError(f"{folder} is the teacher's own folder, or holds it: give another --out")
     note = read_note(str(folder)) or {}
     if not {"teacher_fingerprint", "keep", "probe"} <= set(note):
         raise ValueError(f"{folder} exists and holds no earlier conversion: give another --out, or remove it")

@@ -249,8 +249,9 @@ def test_the_mapping_knows_no_teacher_for_new_parts() -> None:
 
 
 def test_teachers_that_cannot_be_converted_are_named() -> None:
-    with pytest.raises(ValueError, match="family 'gpt2': expected one of llama, qwen2, qwen3"):
-        convert(tiny_gpt2(400), "none")
+    for keep in ("none", "uniform:9"):  # the family is told first
+        with pytest.raises(ValueError, match="family 'gpt2': expected one of llama, qwen2, qwen3"):
+            convert(tiny_gpt2(400), keep)
     with pytest.raises(ValueError, match="family 'hybrid_kda': expected one of llama"):
         convert(convert(tiny_teacher("llama"), "none"), "none")
     teacher = tiny_teacher("llama")

@@ -267,6 +267,11 @@ def test_a_folder_that_holds_something_else_is_not_replaced(teacher: Loaded, stu
     (tmp_path / "teacher" / "evalkit.json").write_text("{}")
     with pytest.raises(ValueError, match="is the teacher's own folder"):
         save_delta(student, teacher, tmp_path / "teacher")
+    inner = tmp_path / "outer" / "teacher"
+    shutil.copytree(tmp_path / "teacher", inner)
+    (tmp_path / "outer" / "evalkit.json").write_text("{}")
+    with pytest.raises(ValueError, match="or holds it"):
+        save_delta(student, load(str(inner)), tmp_path / "outer")
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
     for _ in range(2):
         save_delta(student, teacher, tmp_path / "delta")
@@ -346,6 +351,20 @@ def test_low_rank_is_the_best_of_its_rank() -> None:
     lost = torch.linalg.svdvals(tensor - base)[5:].norm()
     assert float((unpack("x", entry, parts, base) - tensor).norm()) == pytest.approx(float(lost), rel=1e-4)
     assert entry["error_of_change"] == pytest.approx(float(lost / (tensor - base).norm()), rel=1e-4)
+
+
+def test_a_dtype_that_could_not_be_read_again_is_not_stored() -> None:
+    with pytest.raises(ValueError, match="w is torch.uint8: expected one of float32"):
+        pack("w", torch.zeros(3, 3, dtype=torch.uint8), None, "full")
+
+
+@pytest.mark.parametrize("encoding", ["full", "int8", "lowrank:2"])
+def test_grown_embeddings_are_stored_whole(encoding: str, teacher: Loaded, student: Any, tmp_path: Path) -> None:
+    student.resize_token_embeddings(408)
+    save_delta(student, teacher, tmp_path / "delta", encoding={"model.embed_tokens.weight": encoding})
+    found = load(str(tmp_path / "delta")).model.model.embed_tokens.weight
+    assert found.shape == student.model.embed_tokens.weight.shape
+    assert read_delta(tmp_path / "delta")["tensors"]["model.embed_tokens.weight"]["of"] == "tensor"
 
 
 def test_a_rank_that_saves_nothing_is_stored_full() -> None:
