@@ -96,6 +96,16 @@ def test_three_runs_are_bitwise_equal() -> None:
     assert all(torch.equal(a, b) for _ in range(2) for a, b in zip(once(), first, strict=True))
 
 
+def test_a_second_gradient_is_refused_not_wrong() -> None:
+    from models.kda.kernels.mixer import triton_conv, triton_norm
+
+    x, z = draw(1, 5, 32).requires_grad_(), draw(1, 5, 2, 16, seed=1).requires_grad_()
+    for y in (triton_conv(x, draw(32, 4)), triton_norm(x.unflatten(-1, (2, 16)), z, draw(2, 16), 1e-5)):
+        (once,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            once.sum().backward()
+
+
 @torch.no_grad()
 def test_a_hybrid_on_the_kernels_equals_the_reference() -> None:
     teacher = tiny_teacher("qwen2", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CONV = {"BT": 32, "BC": 128, "num_warps": 4}
 CONV_BACKWARD = {"BT": 64, "BC": 128, "num_warps": 8}
@@ -156,6 +157,7 @@ class _Conv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, position = ctx.saved_tensors
         B, T, C = x.shape
@@ -185,6 +187,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         o, z, weight = ctx.saved_tensors
         do, dz = torch.empty_like(o), None if z is None else torch.empty_like(z)
