@@ -69,6 +69,11 @@ def pair(name: str, teacher: PretrainedConfig, keep: str | None, longest: int, *
     else:
         keep = keep or (name if name in PRESETS else "uniform")
         layers = keep_layers(keep, teacher.num_hidden_layers)
+    if not layers:
+        raise ValueError(
+            f"{name} would keep no attention (keep is {keep!r}): expected a layer or more, since transformers' cache "
+            f"counts its tokens there"
+        )
     if set(types_of(teacher)) != {"full_attention"}:
         raise ValueError(f"{name} has attention with a sliding window, which this measurement does not cover")
     note = ""

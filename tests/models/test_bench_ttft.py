@@ -86,9 +86,10 @@ def test_both_sides_use_the_attention_that_was_asked_for(tmp_path: Path) -> None
     (row,) = ttft.bench(asked)["rows"]
     assert row["teacher"]["attention"] == row["hybrid"]["attention"] == ["math"]
     assert row["same_attention"]
-    (row,) = ttft.bench(replace(asked, attention="sdpa", keep="none"))["rows"]
+    (row,) = ttft.bench(replace(asked, attention="sdpa"))["rows"]
     assert row["teacher"]["attention"] == ["flash_attention_for_cpu"]
-    assert row["hybrid"]["attention"] == [] and row["same_attention"] is None
+    with pytest.raises(ValueError, match="would keep no attention"):
+        ttft.bench(replace(asked, keep="none"))
 
 
 def test_only_the_last_positions_logits_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
