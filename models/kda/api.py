@@ -5,7 +5,9 @@ chunkwise, any device), "recurrent" (token by token; the oracle), "fla" (flash-l
 The default goes by the tensors' device: "triton" on CUDA, "reference" elsewhere.
 """
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,10 +52,13 @@ def kda(
     Returns o [B, T, H, V] in v's dtype, and the final state [N, H, K, V] (float32) or None.
     Raises ValueError naming the argument, what was found, and what is expected.
     """
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias}
+    if initial_state is not None:
+        given["initial_state"] = initial_state
+    starts = _check(given, ("batch", "tokens"), gate, lower_bound, scale, cu_seqlens, impl)
     impl = impl or default_impl(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    starts = _check(q, k, v, g, beta, A_log, dt_bias, gate, lower_bound, initial_state, cu_seqlens, impl)
-    options = {"gate": gate, "lower_bound": lower_bound, "scale": scale, "initial_state": initial_state}
+    options: dict[str, Any] = {"gate": gate, "lower_bound": lower_bound, "scale": scale, "initial_state": initial_state}
     if impl == "triton":
         from models.kda.kernels.autograd import triton_kda
 
@@ -87,27 +92,27 @@ def kda_step(
 
     ``state`` [B, H, K, V] float32 is updated in place. Returns o [B, H, V] in v's dtype. Otherwise as `kda`.
     """
-    impl = impl or default_impl(q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.ndim != 3:
-        raise ValueError(f"q has shape {tuple(q.shape)}: expected [batch, heads, key dim], one token a sequence")
-    one = [x.unsqueeze(1) for x in (q, k, v, g, beta)]
-    _check(*one, A_log, dt_bias, gate, lower_bound, state, None, impl)
+    given = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "A_log": A_log, "dt_bias": dt_bias, "state": state}
+    _check(given, ("batch",), gate, lower_bound, scale, None, impl)
     if not state.is_contiguous():
         raise ValueError(
             "state is not contiguous, so it can't be updated in place: pass state.contiguous() and keep it"
         )
-    options = {"gate": gate, "lower_bound": lower_bound, "scale": scale}
+    impl = impl or default_impl(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options: dict[str, Any] = {"gate": gate, "lower_bound": lower_bound, "scale": scale}
     with torch.no_grad():
         if impl == "triton":
             from models.kda.kernels.decode import triton_step
 
             return triton_step(q, k, v, g, beta, A_log, dt_bias, state, **options)
+        one = {name: x.unsqueeze(1) if name in ("q", "k", "v", "g", "beta") else x for name, x in given.items()}
         if impl == "fla":
             from models.kda.fla import fla_step
 
-            return fla_step(*one, A_log, dt_bias, state, **options)
-        o, new = reference.recurrent_kda(*one, A_log, dt_bias, **options, initial_state=state, cu_seqlens=None)
+            return fla_step(**one, **options)
+        one["initial_state"] = one.pop("state")
+        o, new = reference.recurrent_kda(**one, cu_seqlens=None, **options)
         state.copy_(new)
         return o[:, 0]
 
@@ -117,79 +122,88 @@ def default_impl(x: Tensor) -> Impl:
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor,
-    dt_bias: Tensor,
+    given: dict[str, Tensor],
+    axes: Sequence[str],
     gate: str,
     lower_bound: float,
-    initial_state: Tensor | None,
+    scale: float | None,
     cu_seqlens: Tensor | None,
-    impl: str,
+    impl: str | None,
 ) -> list[int] | None:
-    """The starts of the packed sequences as a list, None without ``cu_seqlens``; ValueError for what can't be run."""
-    if impl not in IMPLS:
+    """The starts of the packed sequences as a list, None without ``cu_seqlens``; ValueError for what can't be run.
+
+    given: the tensors by their arguments' names; axes: what comes before the heads.
+    """
+    if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}: expected one of {', '.join(IMPLS)}, or None to go by the device")
     if gate not in GATES:
         raise ValueError(f"gate is {gate!r}: expected {' or '.join(GATES)}")
-    if gate == "bounded" and not lower_bound < 0:
-        raise ValueError(f"lower_bound is {lower_bound}: a bounded gate's log-decay lies below 0, e.g. -5.0")
-    if q.ndim != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}: expected [batch, tokens, heads, key dim]")
-    B, T, H, K = q.shape
-    if k.ndim != 4 or k.shape[:2] != (B, T) or k.shape[3] != K:
-        raise ValueError(f"k has shape {tuple(k.shape)}: expected [{B}, {T}, k/v heads, {K}], like q")
-    HK = k.shape[2]
-    if HK == 0 or H % HK:
-        raise ValueError(f"k has {HK} heads: expected a number that divides q's {H} heads")
-    if v.ndim != 4 or v.shape[:3] != (B, T, HK):
-        raise ValueError(f"v has shape {tuple(v.shape)}: expected [{B}, {T}, {HK}, value dim], like k")
-    V = v.shape[3]
-    N = B
-    starts = None
-    if cu_seqlens is not None:
-        starts = _starts(cu_seqlens, B, T)
-        N = len(starts) - 1
-    for name, x, shape in (
-        ("g", g, (B, T, H, K)),
-        ("beta", beta, (B, T, H)),
-        ("A_log", A_log, (H,)),
-        ("dt_bias", dt_bias, (H, K)),
-        ("initial_state", initial_state, (N, H, K, V)),
-    ):
-        if x is not None and tuple(x.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {list(shape)}")
-    for name, x in (("k", k), ("v", v), ("g", g), ("beta", beta)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}: expected one dtype for q, k, v, g and beta")
+    if gate == "bounded" and not -math.inf < lower_bound < 0:
+        raise ValueError(f"lower_bound is {lower_bound}: expected a bounded gate's least log-decay, finite and below 0")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: expected a finite number, or None for (key dim)^-1/2")
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is of type {type(x).__name__}: expected a tensor")
+    starts = _check_shapes(given, axes, cu_seqlens)
+    q = given["q"]
+    for name in ("k", "v", "g", "beta"):
+        if given[name].dtype != q.dtype:
+            raise ValueError(
+                f"{name} is {given[name].dtype}, q is {q.dtype}: expected one dtype for q, k, v, g and beta"
+            )
     wide = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
-    for name, x in (("A_log", A_log), ("dt_bias", dt_bias), ("initial_state", initial_state)):
-        if x is not None and x.dtype not in wide:
-            raise ValueError(f"{name} is {x.dtype}: expected float32, since bfloat16 rounds away what it learns")
-    for name, x in (
-        ("k", k),
-        ("v", v),
-        ("g", g),
-        ("beta", beta),
-        ("A_log", A_log),
-        ("dt_bias", dt_bias),
-        ("initial_state", initial_state),
-    ):
-        if x is not None and x.device != q.device:
+    for name in ("A_log", "dt_bias", "initial_state", "state"):
+        if name in given and given[name].dtype not in wide:
+            raise ValueError(
+                f"{name} is {given[name].dtype}: expected float32, since bfloat16 rounds away what it learns"
+            )
+    for name, x in given.items():
+        if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q is on {q.device}: expected one device")
     if not q.dtype.is_floating_point:
         raise ValueError(f"q is {q.dtype}: expected a floating-point dtype")
     return starts
 
 
+def _check_shapes(given: dict[str, Tensor], axes: Sequence[str], cu_seqlens: Tensor | None) -> list[int] | None:
+    q, k, v = given["q"], given["k"], given["v"]
+    if q.ndim != len(axes) + 2:
+        raise ValueError(f"q has shape {tuple(q.shape)}: expected [{', '.join(axes)}, heads, key dim]")
+    *lead, H, K = q.shape
+    if K == 0:
+        raise ValueError(f"q has shape {tuple(q.shape)}: expected a key dim of 1 or more")
+    before = ", ".join(map(str, lead))
+    if k.ndim != q.ndim or [*k.shape[:-2], k.shape[-1]] != [*lead, K]:
+        raise ValueError(f"k has shape {tuple(k.shape)}: expected [{before}, k/v heads, {K}], like q")
+    HK = k.shape[-2]
+    if HK == 0 or H % HK:
+        raise ValueError(f"k has {HK} heads: expected a number that divides q's {H} heads")
+    if v.ndim != q.ndim or v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v has shape {tuple(v.shape)}: expected [{before}, {HK}, value dim], like k")
+    starts = None if cu_seqlens is None else _starts(cu_seqlens, *lead)
+    state = (lead[0] if starts is None else len(starts) - 1, H, K, v.shape[-1])
+    for name, shape in (
+        ("g", (*lead, H, K)),
+        ("beta", (*lead, H)),
+        ("A_log", (H,)),
+        ("dt_bias", (H, K)),
+        ("initial_state", state),
+        ("state", state),
+    ):
+        if name in given and tuple(given[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(given[name].shape)}: expected {list(shape)}")
+    return starts
+
+
 def _starts(cu_seqlens: Tensor, B: int, T: int) -> list[int]:
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: expected a tensor of integers")
+    dtype = cu_seqlens.dtype
+    whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    if cu_seqlens.ndim != 1 or not whole or len(cu_seqlens) < 2:
         raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "
-            f"expected [sequences + 1] integers"
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {dtype}: expected [sequences + 1] integers"
         )
     if B != 1:
         raise ValueError(f"q has a batch of {B}: packed sequences (cu_seqlens) come in a batch of one")

@@ -12,6 +12,8 @@ Every function takes q, k, v, g, beta with the shapes of `models.kda.api.kda`, a
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,18 +81,19 @@ def recurrent_kda(
     cu_seqlens: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """Token by token: the oracle of every other implementation. Returns o [B, T, H, V] and the states [N, H, K, V]."""
-    decay = log_decay(g, A_log, dt_bias, gate, lower_bound)
-    q_, k_, v_, b = _prepared(q, k, v, g, beta, scale)
-    outputs, states = [], []
-    for rows, start, end, n in _sequences(q, cu_seqlens):
-        state = _first_state(initial_state, n, rows, k_, v_)
-        tokens = []
-        for t in range(start, end):
-            o, state = step(q_[rows, t], k_[rows, t], v_[rows, t], decay[rows, t], b[rows, t], state)
-            tokens.append(o)
-        outputs.append(torch.stack(tokens, 1) if tokens else v_[rows, start:end])
-        states.append(state)
-    return torch.cat(outputs, 1).to(v.dtype), torch.cat(states)
+    with _no_autocast(q.device.type):
+        decay = log_decay(g, A_log, dt_bias, gate, lower_bound)
+        q_, k_, v_, b = _prepared(q, k, v, g, beta, scale)
+        outputs, states = [], []
+        for rows, start, end, n in _sequences(q, cu_seqlens):
+            state = _first_state(initial_state, n, rows, k_, v_)
+            tokens = []
+            for t in range(start, end):
+                o, state = step(q_[rows, t], k_[rows, t], v_[rows, t], decay[rows, t], b[rows, t], state)
+                tokens.append(o)
+            outputs.append(torch.stack(tokens, 1) if tokens else v_[rows, start:end])
+            states.append(state)
+        return torch.cat(outputs, 1).to(v.dtype), torch.cat(states)
 
 
 def chunk_kda(
@@ -109,16 +112,23 @@ def chunk_kda(
     cu_seqlens: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """The chunkwise form: matrix products inside chunks of 64 tokens, one small step from chunk to chunk."""
-    decay = log_decay(g, A_log, dt_bias, gate, lower_bound)
-    q_, k_, v_, b = _prepared(q, k, v, g, beta, scale)
-    outputs, states = [], []
-    for rows, start, end, n in _sequences(q, cu_seqlens):
-        state = _first_state(initial_state, n, rows, k_, v_)
-        parts = [x[rows, start:end] for x in (q_, k_, v_, decay, b)]
-        o, state = _chunks(*parts, state)
-        outputs.append(o)
-        states.append(state)
-    return torch.cat(outputs, 1).to(v.dtype), torch.cat(states)
+    with _no_autocast(q.device.type):
+        decay = log_decay(g, A_log, dt_bias, gate, lower_bound)
+        q_, k_, v_, b = _prepared(q, k, v, g, beta, scale)
+        outputs, states = [], []
+        for rows, start, end, n in _sequences(q, cu_seqlens):
+            state = _first_state(initial_state, n, rows, k_, v_)
+            at = (rows, slice(start, end))
+            o, state = _chunks(q_[at], k_[at], v_[at], decay[at], b[at], state)
+            outputs.append(o)
+            states.append(state)
+        return torch.cat(outputs, 1).to(v.dtype), torch.cat(states)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast would round what a matrix product takes, and with it the state, to 16 bits."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _sequences(q: Tensor, cu_seqlens: list[int] | None) -> Iterator[tuple[slice, int, int, slice]]:

@@ -1,6 +1,5 @@
 """What a launch needs to know: dimensions, dtypes, the table of fixed configurations, and the number of segments."""
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from models.kda.kernels.layout import CHUNK, Layout, cut, dense
 
@@ -105,7 +106,7 @@ def fast(x: Tensor) -> bool:
 
 
 def check_kernels(q: Tensor, v: Tensor, gate: str, lower_bound: float) -> None:
-    """ValueError for dtypes, dimensions and gates that the kernels can't do."""
+    """ValueError for dtypes, dimensions, gates and places that the kernels can't do."""
     if q.dtype not in DTYPES:
         raise ValueError(f"q is {q.dtype}: impl='triton' takes float32 or bfloat16; use impl='reference'")
     for name, dim in (("q", q.shape[-1]), ("v", v.shape[-1])):
@@ -116,14 +117,23 @@ def check_kernels(q: Tensor, v: Tensor, gate: str, lower_bound: float) -> None:
             )
     if gate == "bounded" and lower_bound < -5.0:
         raise ValueError(
-            f"lower_bound is {lower_bound}: impl='triton' takes -5 to 0, since over 16 tokens exp({-16 * lower_bound:g}) "
-            f"leaves float32's range; use impl='reference'"
+            f"lower_bound is {lower_bound}: impl='triton' takes -5 to 0, since over 16 tokens "
+            f"exp({-16 * lower_bound:g}) leaves float32's range; use impl='reference'"
         )
-    if not q.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+    if not q.is_cuda and not interpreted():
         raise ValueError(
-            f"q is on {q.device}: impl='triton' needs a GPU, or TRITON_INTERPRET=1 in the environment before the start; "
-            f"use impl='reference'"
+            f"q is on {q.device}: impl='triton' needs a GPU, or TRITON_INTERPRET=1 in the environment before the "
+            f"start; use impl='reference'"
         )
+    if q.dtype == torch.bfloat16 and interpreted():
+        raise ValueError(
+            "q is torch.bfloat16, in which Triton's interpreter is silently wrong: use float32, or impl='reference'"
+        )
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: Triton asks when it is imported, and again with every kernel."""
+    return bool(knobs.runtime.interpret) and not isinstance(tl.sum, JITFunction)
 
 
 @lru_cache(maxsize=256)
@@ -131,6 +141,6 @@ def pick_segments(starts: tuple[int, ...], heads: int, device: torch.device) -> 
     """As many segments as fill the device's multiprocessors, none shorter than 8 chunks."""
     if device.type != "cuda":
         return 1
-    units = torch.cuda.get_device_properties(device).multi_processor_count
+    units: int = torch.cuda.get_device_properties(device).multi_processor_count
     longest = max(b - a for a, b in zip(starts, starts[1:], strict=False))
     return max(1, min(units // (heads * (len(starts) - 1)), longest // (8 * CHUNK)))

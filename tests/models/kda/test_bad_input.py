@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.kda import kda, kda_step
-from tests.models.kda.oracles import GROUPED, TRITON, draw, subject
+from tests.models.kda.oracles import GROUPED, NAMES, TRITON, draw, subject
 from tests.models.kda.test_step import one_token
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -46,7 +46,19 @@ WRONG: list[tuple[Change, str]] = [
     (given(gate="sigmoid"), r"gate is 'sigmoid': expected bounded or softplus"),
     (given(lower_bound=0.0), r"lower_bound is 0\.0: .* below 0"),
     (given(lower_bound=5.0), r"lower_bound is 5\.0: .* below 0"),
-    (given(lower_bound=float("nan")), r"lower_bound is nan: .* below 0"),
+    (given(lower_bound=float("nan")), r"lower_bound is nan: .* finite and below 0"),
+    (given(lower_bound=float("-inf")), r"lower_bound is -inf: .* finite and below 0"),
+    (given(scale=float("nan")), r"scale is nan: expected a finite number"),
+    (given(scale=float("-inf")), r"scale is -inf: expected a finite number"),
+    *((given(**{name: None}), rf"{name} is of type NoneType: expected a tensor") for name in NAMES[:-1]),
+    (given(q=[[1.0]]), r"q is of type list: expected a tensor"),
+    (given(A_log=0.5), r"A_log is of type float: expected a tensor"),
+    (given(initial_state=0), r"initial_state is of type int: expected a tensor"),
+    (lambda x: {"q": x["q"][0, 0, 0, 0]}, r"q has shape \(\): expected \[batch, tokens, heads, key dim\]"),
+    (
+        lambda x: {n: x[n][..., :0] for n in ("q", "k", "g", "dt_bias")},
+        r"q has shape \(1, 6, 4, 0\): expected a key dim",
+    ),
     (flat("q"), r"q has shape \(1, 6, 64\): expected \[batch, tokens, heads, key dim\]"),
     (flat("k"), r"k has shape \(1, 6, 32\): expected \[1, 6, k/v heads, 16\], like q"),
     (cut("k", 1), r"k has shape \(1, 5, 2, 16\): expected \[1, 6, k/v heads, 16\]"),
@@ -105,7 +117,10 @@ WRONG: list[tuple[Change, str]] = [
     (packed([*range(6), 6, 6, 6, 7]), r"cu_seqlens is \[0, 1, 2, 3, \.\.\., 7\]: expected .* to end at T = 6"),
     (packed([0]), r"cu_seqlens has shape \(1,\) .* expected \[sequences \+ 1\] integers"),
     (packed([0, 6], torch.float32), r"cu_seqlens has shape \(2,\) and dtype torch\.float32: expected"),
+    (packed([0, 6], torch.complex64), r"cu_seqlens has shape \(2,\) and dtype torch\.complex64: expected .* integers"),
+    (packed([0, 1], torch.bool), r"cu_seqlens has shape \(2,\) and dtype torch\.bool: expected .* integers"),
     (lambda x: {"cu_seqlens": torch.tensor([[0, 6]])}, r"cu_seqlens has shape \(1, 2\) .* expected"),
+    (given(cu_seqlens=[0, 6]), r"cu_seqlens is of type list: expected a tensor of integers"),
 ]
 
 
@@ -128,9 +143,16 @@ def test_packed_sequences_come_in_a_batch_of_one() -> None:
     ("change", "told"),
     [
         (lambda x: {"q": x["q"][:, None]}, r"q has shape \(1, 1, 4, 16\): expected \[batch, heads, key dim\]"),
+        (lambda x: {"q": x["q"][0, 0, 0]}, r"q has shape \(\): expected \[batch, heads, key dim\]"),
         (lambda x: {"k": x["q"][:, :3]}, r"k has 3 heads: expected a number that divides q's 4 heads"),
-        (cast("state", torch.bfloat16), r"(initial_)?state is torch\.bfloat16: expected float32"),
-        (cut("state", 1), r"(initial_)?state has shape \(1, 3, 16, 32\): expected \[1, 4, 16, 32\]"),
+        (cut("k", 2), r"k has shape \(1, 2, 15\): expected \[1, k/v heads, 16\], like q"),
+        (cut("v", 1), r"v has shape \(1, 1, 32\): expected \[1, 2, value dim\], like k"),
+        (cut("g", 1), r"g has shape \(1, 3, 16\): expected \[1, 4, 16\]"),
+        (cut("beta", 1), r"beta has shape \(1, 3\): expected \[1, 4\]"),
+        (cast("state", torch.bfloat16), r"state is torch\.bfloat16: expected float32"),
+        (cut("state", 1), r"state has shape \(1, 3, 16, 32\): expected \[1, 4, 16, 32\]"),
+        (lambda x: {"state": x["state"].to("meta")}, r"state is on meta, q is on cpu: expected one device"),
+        (given(scale=float("inf")), r"scale is inf: expected a finite number"),
         (given(gate="sigmoid"), r"gate is 'sigmoid'"),
         (given(impl="cuda"), r"impl is 'cuda'"),
     ],
@@ -141,6 +163,13 @@ def test_a_wrong_argument_of_a_step_is_named(change: Change, told: str) -> None:
     with pytest.raises(ValueError, match=f"^{told}"):
         kda_step(**{**x, **change(x)})  # type: ignore[arg-type]
     assert torch.equal(x["state"], before)
+
+
+@pytest.mark.parametrize("wrong", [None, 0])
+def test_a_step_without_a_state_is_refused(wrong: Any) -> None:
+    x = one_token(draw(FLOAT, 1, **GROUPED))
+    with pytest.raises(ValueError, match=rf"^state is of type {type(wrong).__name__}: expected a tensor"):
+        kda_step(**{**x, "state": wrong})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -205,10 +234,37 @@ for call in (
 
 
 @pytest.mark.skipif(TRITON.device == "cuda", reason="on a GPU the kernels run")
-def test_kernels_on_a_cpu_without_the_interpreter_are_refused(triton_kernels: None) -> None:
-    done = python(CALL.format(before=""))
+@pytest.mark.parametrize("value", ["", "0", "off", "false"])
+def test_kernels_on_a_cpu_without_the_interpreter_are_refused(triton_kernels: None, value: str) -> None:
+    done = python(CALL.format(before=""), TRITON_INTERPRET=value)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.count("TRITON_INTERPRET=1") for line in done.stdout.splitlines()] == [1, 1]
+
+
+@pytest.mark.skipif(TRITON.device == "cuda", reason="on a GPU the kernels run")
+def test_the_interpreter_asked_for_after_tritons_import_is_refused(triton_kernels: None) -> None:
+    done = python(CALL.format(before="import os, triton.language; os.environ['TRITON_INTERPRET'] = '1'"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.count("before the start") for line in done.stdout.splitlines()] == [1, 1]
+
+
+@pytest.mark.skipif(TRITON.device == "cuda", reason="on a GPU the kernels run")
+@pytest.mark.parametrize("value", ["1", "TRUE", "on", "yes"])
+def test_tritons_own_words_for_yes_start_the_interpreter(triton_kernels: None, value: str) -> None:
+    done = python(CALL.format(before=""), TRITON_INTERPRET=value)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(TRITON.device == "cuda", reason="on a GPU bfloat16 is right")
+def test_bfloat16_in_the_interpreter_is_refused(triton_kernels: None) -> None:
+    x = draw(subject("triton", torch.bfloat16), 6, **GROUPED)
+    one = one_token(x)
+    told = r"^q is torch\.bfloat16, in which Triton's interpreter is silently wrong: use float32, or impl='reference'"
+    with pytest.raises(ValueError, match=told):
+        kda(**x, impl="triton")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=told):
+        kda_step(**one, impl="triton")  # type: ignore[arg-type]
+    assert torch.equal(one["state"], x["initial_state"])
 
 
 def test_kernels_without_triton_are_refused() -> None:

@@ -129,6 +129,20 @@ def test_the_reference_in_bfloat16_rounds_only_its_inputs_and_output() -> None:
     assert error(found["state"], expected["state"]) < 2e-5
 
 
+@pytest.mark.parametrize("impl", ["reference", "recurrent"])
+def test_autocast_does_not_reach_the_references(impl: str) -> None:
+    x = draw(subject(impl, torch.float32), 70, **GROUPED)
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = kda(**x, output_final_state=True, impl=impl)  # type: ignore[arg-type]
+        grads = torch.autograd.grad(found, list(x.values()), [torch.ones_like(t) for t in found])
+        results.append([*found, *grads])
+    for plain, autocast in zip(*results, strict=True):
+        assert torch.equal(plain, autocast)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_split_with_carried_state_equals_the_whole(subject: Subject, gate: str) -> None:
     x = draw(subject, 80, **GROUPED)

@@ -55,6 +55,24 @@ SHAPES = pytest.mark.parametrize("shape", [WIDE, NARROW], ids=["K128", "K64"])
 BOTH_GATES = pytest.mark.parametrize("gate", GATES)
 LONG = 4099
 """No multiple of any block."""
+# Kernels compile anew for each number of heads, K, V, gate and dtype, which takes longer than they run: tests share
+# these shapes, and the crossings hold every pair of a dtype, a shape and a gate, not all three at once.
+FLOAT_CROSSED = [pytest.param(WIDE, "softplus", id="K128-softplus"), pytest.param(NARROW, "bounded", id="K64-bounded")]
+CROSSED = [
+    pytest.param(BF16, WIDE, "bounded", id="bfloat16-K128-bounded"),
+    pytest.param(BF16, NARROW, "softplus", id="bfloat16-K64-softplus"),
+    pytest.param(FLOAT, WIDE, "softplus", id="float32-K128-softplus"),
+    pytest.param(FLOAT, NARROW, "bounded", id="float32-K64-bounded"),
+]
+
+ROUNDED: dict[str, dict[str, float]] = {
+    # Measured on an H100: dg 1.3e-2. The gate is flat there, so that its slope is nothing but rounding.
+    "A_log = 50, saturated": {"gradient": 2e-2},
+    # o 8.8e-3, state 1.0e-2, dbeta 6.7e-2, dk 1.4e-2, dv 5.6e-2. The triangular systems are ill-conditioned:
+    # (I + L)^-1 amplifies the rounding of L's factors to bfloat16.
+    "nearly equal keys": {"value": 2e-2, "gradient": 1e-1},
+}
+"""Bounds of their own, in bfloat16, for the extremes whose errors come from bfloat16's rounding alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -98,15 +116,14 @@ def test_gradients_equal_the_oracles(T: int, shape: dict[str, int], gate: str) -
     check_equals_the_oracle(BF16, draw(BF16, T, B=1 if T == LONG else 2, **shape), gate, gradients=NAMES)
 
 
-@BOTH_GATES
+@pytest.mark.parametrize(("shape", "gate"), FLOAT_CROSSED)
 @pytest.mark.parametrize("T", [65, 1000])
-def test_float32_inputs_keep_float32s_tolerance(T: int, gate: str) -> None:
-    for shape in (WIDE, NARROW):
-        check_equals_the_oracle(FLOAT, draw(FLOAT, T, **shape), gate, gradients=NAMES)
+def test_float32_inputs_keep_float32s_tolerance(T: int, shape: dict[str, int], gate: str) -> None:
+    check_equals_the_oracle(FLOAT, draw(FLOAT, T, **shape), gate, gradients=NAMES)
 
 
 def test_one_head_for_each_and_values_of_another_width() -> None:
-    shape = {"B": 2, "H": 4, "HK": 4, "K": 64, "V": 128}
+    shape = {"B": 2, "H": 16, "HK": 16, "K": 64, "V": 128}
     check_equals_the_oracle(BF16, draw(BF16, 300, **shape), "bounded", gradients=NAMES)
 
 
@@ -149,7 +166,8 @@ def test_later_tokens_leave_earlier_outputs_bitwise_equal(gate: str, shape: dict
 
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extremes(name: str) -> None:
-    check_extreme(BF16, draw(BF16, 300, **WIDE), name, gradients=NAMES)
+    one = replace(BF16, name="bfloat16, rounded", **ROUNDED[name]) if name in ROUNDED else BF16
+    check_extreme(one, draw(one, 300, **WIDE), name, gradients=NAMES)
 
 
 @pytest.mark.parametrize("A_log", [30.0, 50.0, 120.0])
@@ -195,11 +213,8 @@ def test_segments_in_time_equal_the_oracle(segments: int) -> None:
     check_packed_equals_a_loop(BF16, x, "softplus", lengths, segments=segments, gradients=NAMES)
 
 
-@BOTH_GATES
-@SHAPES
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_steps_equal_the_whole(gate: str, shape: dict[str, int], dtype: torch.dtype) -> None:
-    one = BF16 if dtype == torch.bfloat16 else FLOAT
+@pytest.mark.parametrize(("one", "shape", "gate"), CROSSED)
+def test_steps_equal_the_whole(one: Subject, shape: dict[str, int], gate: str) -> None:
     check_steps_equal_the_whole(one, draw(one, 70, B=64, **shape), gate, 7)
 
 
