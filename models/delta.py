@@ -159,6 +159,9 @@ def read_delta(folder: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; download or save the delta again")
     assert isinstance(told, dict)
+    for name, kind in (("teacher", str), ("tensors", dict), ("files", dict)):
+        if not isinstance(told[name], kind):
+            raise ValueError(f"{file}: {name} is a {type(told[name]).__name__}, expected a {kind.__name__}")
     return told
 
 

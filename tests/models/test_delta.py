@@ -205,6 +205,7 @@ A_LOG = "model.layers.0.kda.A_log"
         (lambda f: (f / "delta.json").write_text('{"schema": 1'), "delta.json can't be read"),
         (lambda f: (f / "delta.json").write_text("{}"), "has the schema None: expected 'evalkit.delta/1'"),
         (lambda f: edit(f, lambda told: told.pop("files")), "lacks files"),
+        (lambda f: edit(f, lambda told: told.update(files=["a"])), "files is a list, expected a dict"),
         (lambda f: (f / "config.json").write_text("{"), "the delta .* can't be read: .*config.json"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "the delta .* can't be read"),
         (lambda f: rewrite(f, lambda stored: stored.pop(A_LOG)), f"{A_LOG} is missing"),
