@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.kda.kernels.launch import Tokens, chunk_gradients, combine, device_of, prepare, reverse, scan
-from models.kda.kernels.plan import Plan, make_plan
+from models.kda.kernels.launch import Tokens, chunk_gradients, combine, prepare, reverse, scan
+from models.kda.kernels.plan import Plan, device_of, make_plan
 
 
 def triton_kda(

@@ -1,14 +1,11 @@
 """One token a sequence: the recurrence itself, its state [K, V] read and written once, in place."""
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from models.kda.kernels.forward import exp2, log2_decay, sigmoid
-from models.kda.kernels.plan import check_kernels, config, fast
+from models.kda.kernels.plan import check_kernels, config, device_of, fast
 from models.kda.reference import L2_EPS
 
 
@@ -66,7 +63,7 @@ def triton_step(
     q, k, v, g, beta = (x if x[:1].is_contiguous() else x.contiguous() for x in (q, k, v, g, beta))
     o = v.new_empty(B, H, V)
     options = config("step", BV=V)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with device_of(q):
         step_kernel[(V // options["BV"], H, B)](
             q, k, v, g, beta, A_log.contiguous(), dt_bias.contiguous(), state, o,
             q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0), scale,

@@ -1,6 +1,5 @@
 """One function a step: outputs made, configurations looked up, kernels launched."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,11 +53,6 @@ class Scanned(NamedTuple):
     last: Tensor
     new: Tensor
     states: Tensor
-
-
-def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def prepare(plan: Plan, x: Tokens, *, keep: bool = False) -> Prepared:

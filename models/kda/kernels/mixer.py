@@ -5,7 +5,6 @@ In plain PyTorch (models/kda/layer.py) each is some ten passes over memory, toge
 Sums are float32; gradients of weights are summed block by block and then over blocks, so three runs are bitwise equal.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from models.kda.kernels.plan import check_place, device_of
 
 CONV = {"BT": 32, "BC": 128, "num_warps": 4}
 CONV_BACKWARD = {"BT": 64, "BC": 128, "num_warps": 8}
@@ -148,7 +149,7 @@ class _Conv(torch.autograd.Function):
         y = torch.empty_like(x)
         blocks = triton.cdiv(T, CONV["BT"])
         early = x if before is None else before
-        with _on(x):
+        with device_of(x):
             conv_kernel[(B * blocks, triton.cdiv(C, CONV["BC"]))](
                 x, weight, early, x if position is None else position, y, T, C, blocks, *early.stride(),
                 TAPS=taps, BEFORE=before is not None, PACKED=position is not None, **CONV,
@@ -165,7 +166,7 @@ class _Conv(torch.autograd.Function):
         blocks = triton.cdiv(T, CONV_BACKWARD["BT"])
         dx = torch.empty_like(x)
         parts = x.new_empty(B * blocks, taps, C, dtype=torch.float32)
-        with _on(x):
+        with device_of(x):
             conv_backward_kernel[(B * blocks, triton.cdiv(C, CONV_BACKWARD["BC"]))](
                 x, weight, x if position is None else position, dy.contiguous(), dx, parts, T, C, blocks,
                 TAPS=taps, PACKED=position is not None, **CONV_BACKWARD,
@@ -178,7 +179,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, o: Tensor, z: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         y = torch.empty_like(o)
         grid, shape = _norm_launch(o)
-        with _on(o):
+        with device_of(o):
             norm_kernel[grid](
                 o, o if z is None else z, weight, y, o.numel() // weight.numel(), eps, GATED=z is not None, **shape
             )
@@ -193,7 +194,7 @@ class _Norm(torch.autograd.Function):
         do, dz = torch.empty_like(o), None if z is None else torch.empty_like(z)
         grid, shape = _norm_launch(o)
         parts = o.new_empty(grid[0], *weight.shape, dtype=torch.float32)
-        with _on(o):
+        with device_of(o):
             norm_backward_kernel[grid](
                 o, o if z is None else z, weight, dy.contiguous(), do, do if dz is None else dz, parts,
                 o.numel() // weight.numel(), ctx.eps, GATED=z is not None, **shape,
@@ -208,12 +209,9 @@ def _norm_launch(o: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     return (triton.cdiv(o.numel() // (H * V), BR), H), {"H": H, "V": V, "BR": BR, "BV": BV, "num_warps": 4}
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def triton_conv(x: Tensor, weight: Tensor, before: Tensor | None = None, position: Tensor | None = None) -> Tensor:
     """As `models.kda.layer.short_conv`; no gradient flows into ``before``."""
+    check_place("x", x)
     if x.numel() == 0:
         return torch.empty_like(x)
     return _Conv.apply(x.contiguous(), weight.contiguous(), before, position)
@@ -221,6 +219,7 @@ def triton_conv(x: Tensor, weight: Tensor, before: Tensor | None = None, positio
 
 def triton_norm(o: Tensor, z: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """As `models.kda.layer.gated_norm`."""
+    check_place("o", o)
     if o.numel() == 0:
         return torch.empty_like(o)
     z = None if z is None else z.contiguous()

@@ -1,5 +1,6 @@
 """What a launch needs to know: dimensions, dtypes, the table of fixed configurations, and the number of segments."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -101,6 +102,11 @@ def make_plan(
     )
 
 
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def fast(x: Tensor) -> bool:
     return x.is_cuda and torch.version.cuda is not None
 
@@ -120,14 +126,20 @@ def check_kernels(q: Tensor, v: Tensor, gate: str, lower_bound: float) -> None:
             f"lower_bound is {lower_bound}: impl='triton' takes -5 to 0, since over 16 tokens "
             f"exp({-16 * lower_bound:g}) leaves float32's range; use impl='reference'"
         )
-    if not q.is_cuda and not interpreted():
+    check_place("q", q)
+
+
+def check_place(name: str, x: Tensor) -> None:
+    """ValueError where no kernel runs, or none that can be believed."""
+    if not x.is_cuda and not interpreted():
         raise ValueError(
-            f"q is on {q.device}: impl='triton' needs a GPU, or TRITON_INTERPRET=1 in the environment before the "
+            f"{name} is on {x.device}: impl='triton' needs a GPU, or TRITON_INTERPRET=1 in the environment before the "
             f"start; use impl='reference'"
         )
-    if q.dtype == torch.bfloat16 and interpreted():
+    if x.dtype == torch.bfloat16 and interpreted():
         raise ValueError(
-            "q is torch.bfloat16, in which Triton's interpreter is silently wrong: use float32, or impl='reference'"
+            f"{name} is torch.bfloat16, in which Triton's interpreter is silently wrong: use float32, or "
+            f"impl='reference'"
         )
 
 
