@@ -153,7 +153,11 @@ class HybridKDAModel(HybridKDAPreTrainedModel):
         position_ids, packed = _unpack(inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
         if packed is not None:
             use_cache, attention_mask = False, None
-        if not self.config.kept_layers and cache is None:
+        if not self.config.kept_layers:
+            if cache is not None:
+                raise ValueError(
+                    "a cache was given, but no layer keeps attention, in which transformers counts the tokens: pass none"
+                )
             use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -263,8 +267,11 @@ class HybridKDAForCausalLM(HybridKDAPreTrainedModel, GenerationMixin):  # type: 
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As transformers', with the file that loads the folder where evalkit is not installed (trust_remote_code)."""
+        # Before transformers' part: that may already upload the folder.
+        if kwargs.get("is_main_process", True) and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_remote_file(save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        write_remote_file(save_directory)
 
 
 def _seen(cache: Any) -> int:

@@ -162,6 +162,12 @@ def test_without_any_attention_left_the_model_still_reads_and_generates() -> Non
     assert torch.equal(said, model.generate(ids, attention_mask=mask, **GREEDY, use_cache=False))
 
 
+def test_a_cache_without_any_attention_left_is_refused() -> None:
+    model = tiny_hybrid(tiny_teacher("llama"), ())
+    with pytest.raises(ValueError, match="a cache was given, but no layer keeps attention"):
+        model(tokens(5), **{CACHE: DynamicCache(config=model.config)})
+
+
 def test_both_names_of_the_cache_are_understood() -> None:
     model = tiny_hybrid(tiny_teacher("llama"))
     ids = tokens(9)

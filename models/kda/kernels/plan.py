@@ -15,6 +15,8 @@ from models.kda.kernels.layout import CHUNK, Layout, cut, dense
 
 DIMS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
+GRID = 65_535
+"""CUDA's limit of a grid's second and third dimension, along which chunks and segments lie."""
 
 CONFIGS: dict[str, dict[str, int]] = {
     "rows": {"BK": 64, "num_warps": 4, "num_stages": 1},
@@ -89,6 +91,13 @@ def make_plan(
     check_kernels(q, v, gate, lower_bound)
     B, T, H, K = q.shape
     starts = tuple(cu_seqlens) if cu_seqlens is not None else dense(B, T)
+    layout = cut(starts, segments or pick_segments(starts, H, q.device), q.device)
+    most = max(len(layout.chunks), len(layout.segments))
+    if most > GRID:
+        raise ValueError(
+            f"q has {B * T:,} tokens in {layout.sequences:,} sequences, {most:,} chunks of {CHUNK}: "
+            f"impl='triton' takes {GRID:,} a call; split the batch"
+        )
     return Plan(
         H=H,
         HK=k.shape[2],
@@ -98,7 +107,7 @@ def make_plan(
         scale=scale,
         low=q.dtype == torch.bfloat16,
         fast=fast(q),
-        layout=cut(starts, segments or pick_segments(starts, H, q.device), q.device),
+        layout=layout,
     )
 
 

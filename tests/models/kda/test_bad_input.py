@@ -267,6 +267,15 @@ def test_bfloat16_in_the_interpreter_is_refused(triton_kernels: None) -> None:
     assert torch.equal(one["state"], x["initial_state"])
 
 
+def test_more_chunks_than_a_grid_holds_are_refused(triton_kernels: None) -> None:
+    x = torch.zeros(1, device=TRITON.device).expand(1, 65_536 * 64, 1, 16)
+    gates = (torch.zeros(1, device=TRITON.device), torch.zeros(1, 16, device=TRITON.device))
+    with pytest.raises(
+        ValueError, match=r"q has 4,194,304 tokens in 1 sequences, 65,536 chunks .* takes 65,535 a call"
+    ):
+        kda(x, x, x, x, x[..., 0], *gates, impl="triton")
+
+
 def test_kernels_without_triton_are_refused() -> None:
     done = python(CALL.format(before="sys.modules['triton'] = None"))
     assert (done.returncode, done.stderr) == (0, "")
