@@ -156,7 +156,7 @@ class HybridKDAModel(HybridKDAPreTrainedModel):
         if not self.config.kept_layers:
             if cache is not None:
                 raise ValueError(
-                    "a cache was given, but no layer keeps attention, in which transformers counts the tokens: pass none"
+                    "a cache was given, but no layer keeps attention, where transformers counts the tokens: pass none"
                 )
             use_cache = False
         if use_cache and cache is None:
