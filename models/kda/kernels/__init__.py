@@ -1,4 +1,4 @@
-"""KDA's Triton kernels: forward.py, backward.py, decode.py, and mixer.py for the layer around them.
+"""KDA's Triton kernels: forward.py, backward.py and decode.py over parts.py, and mixer.py for the layer around them.
 
 layout.py cuts sequences, plan.py holds the configurations, launch.py runs a step, autograd.py joins the steps.
 """

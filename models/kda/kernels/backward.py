@@ -19,7 +19,7 @@ That dbeta needs no division by b follows from (I + L) V' = b (v - K S).
 import triton
 import triton.language as tl
 
-from models.kda.kernels.forward import exp2, gate_slice, level_mask, sigmoid, softplus, sum_matrix
+from models.kda.kernels.parts import exp2, gate_slice, level_mask, sigmoid, softplus, sum_matrix
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.kda.kernels.forward import exp2, log2_decay, sigmoid
+from models.kda.kernels.parts import exp2, log2_decay, sigmoid
 from models.kda.kernels.plan import check_kernels, config, device_of, fast
 from models.kda.reference import L2_EPS
 
