@@ -129,7 +129,8 @@ def load_delta(
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with torch.device("meta"):
             expected = {key: value.shape for key, value in own_tensors(kind(config)).items()}
-        state = dict(_unpacked(told["tensors"], stored, teacher_tensor(base.model.state_dict()), expected))
+        saved = DTYPES[told["dtype"]]
+        state = dict(_unpacked(told["tensors"], stored, teacher_tensor(base.model.state_dict()), expected, saved))
         wanted = DTYPES[told["dtype"] if dtype == "auto" else dtype]
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=wanted, output_loading_info=True
@@ -274,7 +275,11 @@ def _read(folder: Path, files: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _unpacked(
-    entries: Mapping[str, Entry], stored: Mapping[str, Tensor], base_of: Any, expected: Mapping[str, Sequence[int]]
+    entries: Mapping[str, Entry],
+    stored: Mapping[str, Tensor],
+    base_of: Any,
+    expected: Mapping[str, Sequence[int]],
+    saved: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
     for name in entries:
         if name not in expected:
@@ -289,7 +294,7 @@ def _unpacked(
         elif base is None:
             raise ValueError(f"{name} is missing, and the teacher has none")
         else:
-            value = base
+            value = base.to(saved)  # equal to the teacher's in the student's dtype, which may round
         if value.shape != shape:
             raise ValueError(f"{name} has shape {list(value.shape)}: expected {list(shape)} by config.json")
         yield name, value

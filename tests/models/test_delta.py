@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import AutoModelForCausalLM
 
 from models.convert import calibrate, convert
 from models.delta import load_delta, own_tensors, read_delta, save_delta
@@ -52,6 +53,10 @@ def same_weights(one: Any, other: Any) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
+def load_whole(folder: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_comes_back_bit_for_bit(family: str, dtype: str, tmp_path: Path) -> None:
@@ -67,6 +72,19 @@ def test_full_comes_back_bit_for_bit(family: str, dtype: str, tmp_path: Path) ->
     assert found.checkpoint and found.checkpoint["note"] == "a student"
     half = load(str(tmp_path / "delta"), dtype="bfloat16").model
     assert half.dtype == torch.bfloat16 and half.model.layers[0].kda.A_log.dtype == torch.float32
+
+
+def test_a_students_rounding_of_its_teacher_survives_another_dtype(
+    teacher: Loaded, student: Any, tmp_path: Path
+) -> None:
+    """What equals the teacher's only as bfloat16 is not stored, and must not come back unrounded."""
+    assert teacher.dtype == "float32"
+    student.save_pretrained(tmp_path / "float32")
+    rounded = load_whole(tmp_path / "float32", torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "whole")
+    save_delta(rounded, teacher, tmp_path / "delta")
+    found = load(str(tmp_path / "delta"), dtype="float32")
+    assert same_weights(found.model, load_whole(tmp_path / "whole", torch.float32))
 
 
 def test_only_what_differs_is_stored(teacher: Loaded, student: Any, tmp_path: Path) -> None:
