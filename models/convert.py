@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import models.hybrid  # noqa: F401  # registers the student's class
 from models.hybrid_config import HybridKDAConfig, check_family
+from models.kda.reference import gate_bias
 from models.kept import check_layers, keep_layers
 from models.mapping import teacher_tensor
 
@@ -112,9 +113,9 @@ def set_half_lives(kda: Any, heads: Sequence[HalfLives]) -> None:
     They hold where the gate's input is 0, as it is in a new layer. Bounded: L sigmoid(b) = -ln 2 / tokens; softplus:
     softplus(b) = ln 2 / tokens.
     """
-    rate = math.log(2) / torch.stack([lives.tokens(kda.head_dim) for lives in heads])
+    tokens = torch.stack([lives.tokens(kda.head_dim) for lives in heads])
     config = kda.config
-    bias = torch.logit(rate / -config.kda_lower_bound) if config.kda_gate == "bounded" else rate.expm1().log()
+    bias = gate_bias(tokens, config.kda_gate, config.kda_lower_bound)
     if not bool(bias.isfinite().all()):
         raise ValueError(
             f"lower_bound is {config.kda_lower_bound}: expected below {-math.log(2) / 2:.2f}, "

@@ -11,6 +11,7 @@ from torch import Tensor
 from models.bench.costs import Sizes
 from models.bench.timing import failure
 from models.kda.api import kda, kda_step
+from models.kda.reference import gate_bias
 
 HALF_LIVES = (2.0, 2048.0)
 """Of the channels' memory in tokens, log-spaced: what a converted model starts from."""
@@ -76,8 +77,7 @@ def random_inputs(
 def _biases(gate: str, K: int) -> Tensor:
     """dt_bias [K] with which gate input 0 and A_log 0 forget half in `HALF_LIVES`, log-spaced."""
     low, high = (math.log(tokens) for tokens in HALF_LIVES)
-    decay = math.log(2) / torch.linspace(low, high, K).exp()
-    return torch.logit(decay / -LOWER_BOUND) if gate == "bounded" else decay.expm1().log()
+    return gate_bias(torch.linspace(low, high, K).exp(), gate, LOWER_BOUND)
 
 
 def forward(inputs: Inputs, gate: Any, impl: Any) -> Tensor:

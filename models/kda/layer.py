@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from models.hybrid_config import HybridKDAConfig
 from models.kda.api import PAD_LOGIT, Impl, default_impl, kda, kda_step
+from models.kda.reference import gate_bias
 
 SHORTEST_TOKENS, LONGEST_TOKENS = 2.0, 2048.0
 """Half-lives of the channels of a new layer."""
@@ -217,10 +218,9 @@ def half_life_bias(config: HybridKDAConfig, channels: int) -> Tensor:
     """dt_bias [channels], float32, whose decay (with A_log = 0 and a gate input of 0) halves the state after 2 to 2048
     tokens, log-spaced over the channels."""
     tokens = torch.logspace(math.log2(SHORTEST_TOKENS), math.log2(LONGEST_TOKENS), channels, base=2.0, device="cpu")
-    rate = math.log(2.0) / tokens.double()
     if config.kda_gate == "bounded":
-        return (rate / -config.kda_lower_bound).clamp(max=0.999).logit().float()
-    return rate.expm1().log().float()
+        tokens = tokens.clamp(min=math.log(2.0) / (-0.999 * config.kda_lower_bound))  # a weak bound forgets no faster
+    return gate_bias(tokens.double(), config.kda_gate, config.kda_lower_bound).float()
 
 
 def projection_biases(config: HybridKDAConfig) -> tuple[bool, bool]:

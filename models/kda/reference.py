@@ -11,6 +11,7 @@ One head, state S [K, V] in float32 (float64 for float64 inputs), t the token:
 Every function takes q, k, v, g, beta with the shapes of `models.kda.api.kda`, already checked.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,13 @@ def log_decay(g: Tensor, A_log: Tensor, dt_bias: Tensor, gate: str, lower_bound:
     if gate == "bounded":
         return lower_bound * torch.sigmoid(rate * x)
     return -rate * F.softplus(x)
+
+
+def gate_bias(half_life: Tensor, gate: str, lower_bound: float) -> Tensor:
+    """dt_bias with which a state halves after ``half_life`` tokens, where A_log and the gate input are 0: the inverse
+    of `log_decay`. Infinite or NaN for a half-life that a bounded gate can't reach."""
+    rate = math.log(2.0) / half_life
+    return torch.logit(rate / -lower_bound) if gate == "bounded" else rate.expm1().log()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
