@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ Span = tuple[int, int, int]
 """Of a turn in the text: where its words begin; where they end and its end token begins; where that ends."""
 Marked = tuple[NDArray[np.int64], NDArray[np.uint8]]
 """(tokens, their marks)"""
+
+AT_ONCE = 2**22
+"""Characters that are tokenised at a time: the tokenizer gives Python lists, of some 100 bytes a token."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = ("evalkit asks", "evalkit answers")
@@ -160,9 +164,13 @@ class Chat:
             raise ValueError(f"the model's chat template refused the conversation: {error}") from error
 
     def _check(self, messages: Messages, end: str) -> None:
+        roles = [m["role"] for m in messages]
         answers = [str(m["content"]) for m in messages if m["role"] == "assistant"]
         if not answers:
             raise Unusable("without an assistant's turn")
+        # Many templates can't be asked for a turn that nothing of the user's comes before.
+        if "user" not in roles[: roles.index("assistant")]:
+            raise Unusable("without a question before the answer")
         if not all(answer.strip() for answer in answers):
             raise Unusable("with an empty answer")
         if any(end in str(m["content"]) for m in messages):
@@ -198,11 +206,8 @@ class Chat:
     def mark(self, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[Marked]:
         """Tokens and marks of ``texts``. A token that spans the join of prompt and words counts as words: it is
         generated, if anything is."""
-        if not texts:
-            return []
-        found = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         out = []
-        for ids, offsets, turns in zip(found["input_ids"], found["offset_mapping"], spans, strict=True):
+        for (ids, offsets), turns in zip(self._tokenised(texts, offsets=True), spans, strict=True):
             # By ends alone: byte-level tokenizers report tokens without their leading spaces, so begins deceive.
             ends = np.asarray(offsets, np.int64).reshape(-1, 2)[:, 1]
             marks = np.zeros(len(ids), np.uint8)
@@ -223,15 +228,29 @@ class Chat:
 
     def texts(self, texts: Sequence[str]) -> list[Marked]:
         """Plain texts, targets throughout, with the tokenizer's own BOS and the end of the text."""
-        if not texts:
-            return []
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         out = []
-        for ids in found:
+        for ids, _ in self._tokenised(texts, offsets=False):
             row = np.asarray([*(self.bos if ids[: len(self.bos)] != self.bos else []), *ids, *end], np.int64)
             out.append((row, np.full(len(row), CONTENT, np.uint8)))
         return out
+
+    def _tokenised(self, texts: Sequence[str], *, offsets: bool) -> Iterator[tuple[list[int], Any]]:
+        """(tokens, characters that each stands for) of each text, many texts at a time."""
+        at = 0
+        while at < len(texts):
+            begin, size = at, 0
+            while at < len(texts) and (at == begin or size + len(texts[at]) <= AT_ONCE):
+                size += len(texts[at])
+                at += 1
+            found = self.tokenizer(
+                list(texts[begin:at]),
+                add_special_tokens=False,
+                return_offsets_mapping=offsets,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            yield from zip(found["input_ids"], found["offset_mapping"] if offsets else repeat(None), strict=False)
 
     def _begun(self, ids: NDArray[np.int64], marks: NDArray[np.uint8]) -> Marked:
         """With exactly one BOS where the tokenizer wants one; the template may have written it."""

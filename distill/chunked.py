@@ -1,8 +1,8 @@
 """The losses of distill/losses.py from hidden states, a chunk of tokens at a time: [tokens, V] logits are never whole.
 
-With a vocabulary of 151,936 the logits of both models and their gradients, of 8,192 tokens, are 20 GB in float32. Here
+With a vocabulary of 151,936 the logits of both models for 8,192 tokens, and their gradient, are 15 GB in float32. Here
 a chunk's logits become its loss and its gradients of hidden states and head, and are gone; the backward only scales
-those gradients. So forward and backward both happen in the forward, at the price of 2 d numbers a token.
+those gradients. So nearly all the work is done in the forward, and what is kept is as large as hidden states and head.
 
 implementations: "torch", any device and any loss; "triton" (distill/kernels.py), forward-kl, kl-ce and ce on a GPU, or
 on a CPU under TRITON_INTERPRET=1. The default is "triton" for those three on CUDA unless in float64, else "torch".

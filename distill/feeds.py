@@ -30,6 +30,8 @@ class Feed(Protocol):
     label: str
     splits: bool
     """Its documents may be cut where a row ends."""
+    size: int
+    """Documents that are shuffled with each other."""
     epoch: int
     """Passes that are over."""
     identity: Any
@@ -89,13 +91,14 @@ class Kept:
         number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         self._owner = np.repeat(which, parts)
         self._begin = documents.offsets[self._owner] + number * part
+        self.size = len(self._owner)
         self._length = np.minimum(lengths[self._owner] - number * part, part)
         self._at = 0
         self._order = self._shuffled()
         self.identity = [label, len(lengths), crc32(documents.ids.data), crc32(documents.offsets.data)]
 
     def _shuffled(self) -> NDArray[np.int64]:
-        return order(len(self._owner), self._seed[0], self.epoch, self._seed[1])
+        return order(self.size, self._seed[0], self.epoch, self._seed[1])
 
     def draw(self) -> tuple[int, int]:
         if self._at == len(self._order):
@@ -123,7 +126,7 @@ class Kept:
         self.epoch, self._at = state["epoch"], state["at"]
         # At the pass' very end the order is still that of the pass that is over; the next draw makes another.
         over = self._at == len(self._order)
-        self._order = order(len(self._owner), self._seed[0], self.epoch - over, self._seed[1])
+        self._order = order(self.size, self._seed[0], self.epoch - over, self._seed[1])
 
 
 @dataclass(slots=True)
@@ -145,6 +148,7 @@ class Flowing:
         self.label, self.splits, self.epoch = flow.label, flow.splits, 0
         self.left_out: Counter[str] = Counter()
         self.identity = [flow.label]
+        self.size = BLOCK
         self._flow, self._chat, self._held, self._seq_len, self._seed = flow, chat, held, seq_len, seed
         self._blocks: dict[int, _Block] = {}
         self._number = -1

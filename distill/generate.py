@@ -6,13 +6,13 @@ Lines are only appended, so a killed run goes on where it stopped; a line that w
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from distill.sources import CUT_OFF, Example
+from distill.sources import CUT_OFF, Example, read_file
 from evalkit.encoding import CLOSE, OPEN, Encoder
 from evalkit.engines.hf import HFEngine
 from evalkit.progress import Progress
@@ -24,6 +24,13 @@ BATCHES = 4
 """Batches whose answers are written together, in the order of their prompts."""
 
 
+def read_prompts(files: Sequence[Path]) -> list[Example]:
+    """The conversations of JSON lines files, in order."""
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"there is no file {missing[0]}: expected .jsonl or .jsonl.gz, each line with messages")
+    return [example for file in files for example in read_file(file, "chat")]
+
+
 def generate_answers(
     loaded: Loaded,
     prompts: Iterable[Example],
@@ -33,20 +40,25 @@ def generate_answers(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int | None = None,
-    resume: bool = False,
-    progress: Progress | None = None,
+    resume: bool = True,
+    report: Progress | None = None,
 ) -> dict[str, int]:
     """Answer every conversation up to its last assistant's turn and write ``out``; how many answers of which kind.
 
-    prompts: conversations, as ``open_source(Source(chat=[...]), data_dir).examples()`` gives them. A line of ``out``
-    has id, messages (with the teacher's answer), source, teacher (the model's fingerprint), finish ("eos" or "length")
-    and generation (the settings). As a source, lines whose finish is "length" are left out.
+    prompts: conversations, as ``read_prompts`` or any source of chats gives them. A line of ``out`` has id, messages
+    (with the teacher's answer), source, teacher (the model's fingerprint), finish ("eos" or "length") and generation
+    (the settings). As a source, lines whose finish is "length" are left out. Where ``out`` has answers already,
+    ``resume`` goes on behind them.
     """
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     if max_tokens < 1 or temperature < 0:
         raise ValueError(f"max_tokens is {max_tokens} and temperature {temperature}: expected 1 or more, 0 or more")
+    if not getattr(loaded.tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the teacher {loaded.name} has no chat template, so it can't answer chats: take its -Instruct"
+        )
     engine = HFEngine(loaded.model, loaded.tokenizer, batch_size=batch_size)
-    encoder = Encoder(loaded.tokenizer, chat=True)
+    encoder = Encoder(loaded.tokenizer)
     asked = list(_prompts(prompts))
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{out}.lock")
@@ -92,8 +104,8 @@ def generate_answers(
                     counts["unfinished"] += said.finish == CUT_OFF
                 file.flush()
                 os.fsync(file.fileno())
-                if progress is not None:
-                    progress(loaded.name, counts["written"], len(todo))
+                if report is not None:
+                    report(loaded.name, counts["written"], len(todo))
     finally:
         lock.release()
     return dict(counts)
@@ -135,7 +147,7 @@ def _known(out: Path, resume: bool, teacher: str, settings: Mapping[str, Any]) -
     if not out.exists() or not out.stat().st_size:
         return {}
     if not resume:
-        raise ValueError(f"{out} already holds answers: go on with --resume, or give another --out")
+        raise ValueError(f"{out} already holds answers: give another --out, or let this run go on with them")
     data = out.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     known: dict[str, list[Any]] = {}

@@ -69,7 +69,7 @@ class Masters:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def collect(self, first: bool) -> None:
-        """Add the parameters' gradients to the masters' (``first``: of the step, so they are replaced), and drop them."""
+        """Add the parameters' gradients to the masters' and drop them; the ``first`` of a step replace those."""
         if first:
             self.gradients.zero_()
         there = [(g, p.grad) for g, p in zip(self._gradients, self.parameters, strict=True) if p.grad is not None]

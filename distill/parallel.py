@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,14 @@ class Processes:
             return flag
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+
+    def first_says(self, value: Any) -> Any:
+        """The first process's ``value``, on all of them."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill.stage import Recipe
 
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.2's booleans, true and false alone: in 1.1 the key ``on`` is one, too."""
 
@@ -74,7 +75,7 @@ def parse(content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
 
 def changed(content: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
     """``content`` with KEY=VALUE applied: KEY is a path such as ``seed``, ``student.keep`` or ``stages.distill.tokens``
-    (a stage by its name), VALUE is YAML."""
+    (a stage by its name), VALUE is YAML; null takes a stage or a source away."""
     copied: dict[str, Any] = json.loads(json.dumps(content))
     for change in changes:
         path, equals, text = change.partition("=")
@@ -86,7 +87,8 @@ def changed(content: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any
             at = _step(at, key, change)
         value = yaml.load(text, _Loader)
         if isinstance(at, list):
-            at[at.index(_step(at, last, change))] = value
+            place = at.index(_step(at, last, change))
+            at[place : place + 1] = [] if value is None else [value]
         elif isinstance(at, dict):
             at[last] = value
         else:

@@ -25,14 +25,15 @@ from distill.parallel import Processes
 from distill.plan import peak_flops, stage_plan
 from distill.recipe import differences, sha256
 from distill.select import keep_layers_of, kl_restore, restore
+from distill.speed import compiled, eager
 from distill.stage import Recipe, Source, Stage
-from distill.student import add_lora, lora_factors, make_student, plain_model
+from distill.student import add_lora, lora_factors, make_student, plain_model, start_folder
 from distill.train import Hooks, Metrics, Position, Stop, Stopped, train
 from evalkit.store import write_json
 from models.builtin import cache_dir
 from models.delta import save_delta
 from models.folders import written_whole
-from models.load import NOTE_FILE, Loaded
+from models.load import NOTE_FILE, Loaded, read_note
 from models.text import batches as text_batches
 
 STATE, RECIPE, METRICS, SELECTION, CHECKPOINTS, DELTA = (
@@ -81,21 +82,28 @@ def distill(
     data_dir: Path | None = None,
     stop: Stop | None = None,
     processes: Processes | None = None,
-    board: Any = None,
+    tensorboard: bool = False,
     save_seconds: float = 300.0,
     report: Report | None = None,
 ) -> Path:
     """Run ``recipe`` into ``out``; the folder of the last checkpoint.
 
-    stage: this one alone, after those before it. ValueError: ``out`` holds a run and ``resume`` is off, or another
-    recipe's; a teacher that doesn't fit; data that can't be read. `Stopped`: on request, everything saved.
+    stage: this one alone, after those before it. tensorboard: curves in OUT/tensorboard, too. ValueError: ``out`` holds
+    a run and ``resume`` is off, or another recipe's; a teacher that doesn't fit; data that can't be read. `Stopped`: on
+    request, everything saved.
     """
     processes = processes or Processes()
     check_teacher(teacher)
     state = _open(recipe, out, resume)
     _check_stage(recipe, state, stage)
+    processes.wait()  # until all have looked, before one writes
+    if processes.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RECIPE, recipe.model_dump(mode="json"))
+    processes.wait()
     device = next(teacher.model.parameters()).device
     teacher.model.requires_grad_(False)
+    board = _tensorboard(out) if tensorboard and processes.first else None
     metrics = Metrics(out / METRICS if processes.first else None, board)
     guardian = Guardian(recipe.guard, teacher.tokenizer, data_dir)
     say = report or (lambda row: None)
@@ -109,6 +117,7 @@ def distill(
         if state is not None:
             _load(run, state)
         else:
+            run.position.total_tokens = started_tokens(recipe)
             metrics.cut(0)
             if select:
                 _select(run)
@@ -138,10 +147,16 @@ def check_teacher(teacher: Loaded) -> None:
         raise ValueError(f"the tokenizer of {teacher.name} has no eos_token, which ends documents: set one")
 
 
+def started_tokens(recipe: Recipe) -> int:
+    """Tokens behind the checkpoint that the student starts from."""
+    note = read_note(str(start_folder(recipe.student.start))) if recipe.student.start else None
+    return int((note or {}).get("tokens", 0))
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest of ``out``'s checkpoints, by tokens."""
-    found = [folder for folder in (out / CHECKPOINTS).glob("*-*") if (folder / NOTE_FILE).is_file()]
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    folder = start_folder(str(out))
+    return None if folder == out else folder
 
 
 def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
@@ -168,16 +183,17 @@ def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
         guard=lambda where: _guard(run, stage, where),
         report=run.report,
     )
-    run.position = train(
-        *(stage, objective, masters, stream, position),
-        device=run.device,
-        processes=run.processes,
-        stop=run.stop,
-        metrics=run.metrics,
-        hooks=hooks,
-        guard_every=recipe.guard.every if run.guardian.wanted else 0,
-        save_seconds=save_seconds,
-    )
+    with compiled(run.teacher.model, run.student, wanted=run.device.type == "cuda"):
+        run.position = train(
+            *(stage, objective, masters, stream, position),
+            device=run.device,
+            processes=run.processes,
+            stop=run.stop,
+            metrics=run.metrics,
+            hooks=hooks,
+            guard_every=recipe.guard.every if run.guardian.wanted else 0,
+            save_seconds=save_seconds,
+        )
     del masters
     check_frozen(run.frozen, frozen_hashes(run.student, trained))
     run.probes[stage.name]["after"] = _probe(run, stage, objective)
@@ -229,7 +245,8 @@ def _probe(run: Run, stage: Stage, objective: Objective) -> float:
 def _guard(run: Run, stage: Stage, position: Position) -> None:
     """Accuracy by generation on train items that nothing is trained on; a sign of life, never a reported figure."""
     if run.processes.first:
-        found = run.guardian.evaluate(run.student)
+        with eager():
+            found = run.guardian.evaluate(run.student)
         row = {"stage": stage.name, "tokens": position.stage_tokens, "total_tokens": position.total_tokens}
         run.metrics.write({**row, "guard": found})
         run.report({**row, "guard": found})
@@ -266,7 +283,8 @@ def _select(run: Run) -> None:
         except Stopped as stopped:  # too short to be resumed in the middle
             raise Stopped(f"{stopped}; the selection begins anew with --resume", stopped.exit_code) from None
     text = text_batches(run.teacher.tokenizer).probe
-    run.kept, table = kl_restore(run.teacher, run.student, text, number)
+    found, table = kl_restore(run.teacher, run.student, text, number)
+    run.kept = tuple(run.processes.first_says(found))  # a near tie may fall another way on another device
     if run.processes.first:
         write_json(run.out / SELECTION, {"kept": list(run.kept), "layers": table})
     run.student = restore(run.student, run.teacher, run.kept)
@@ -286,7 +304,9 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None:
         before = json.loads(told.read_text(encoding="utf-8"))
         found = differences(before, recipe.model_dump(mode="json"))
         if not resume:
-            raise ValueError(f"{out} holds a run of the recipe {before.get('name')!r}: add --resume, or give another --out")
+            raise ValueError(
+                f"{out} holds a run of the recipe {before.get('name')!r}: add --resume, or give another --out"
+            )
         if found:
             raise ValueError(
                 f"{out} holds a run of another recipe; it differs in {'; '.join(found)}. Repeat its recipe, or give "
@@ -297,8 +317,6 @@ def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None:
         raise ValueError(f"{out} holds no run that could go on (it has no {RECIPE}): leave --resume out")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} holds something else than a run: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(told, recipe.model_dump(mode="json"))
     return None
 
 
@@ -381,6 +399,7 @@ def note_of(run: Run, stage: str) -> dict[str, Any]:
         "teacher": run.teacher.name,
         "teacher_fingerprint": run.teacher.identity,
         "probe": run.probes,
+        **({"start": recipe.student.start} if recipe.student.start else {}),
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
@@ -401,7 +420,7 @@ def ship(run: Run) -> Path:
     return folder
 
 
-def tensorboard_writer(out: Path) -> Any:
+def _tensorboard(out: Path) -> Any:
     """A writer of curves in OUT/tensorboard; ValueError where TensorBoard isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -75,7 +75,8 @@ class Flow:
     label: str
     splits: bool
     start: Callable[[Any], Iterator[tuple[Example, Callable[[], Any]]]]
-    """Cursor (None: the beginning) -> the examples after it, each with what gives the cursor after itself."""
+    """Cursor (None: the beginning) -> the examples after it, each with what gives the cursor after itself. Starting
+    again ends what was started before."""
 
 
 def open_source(source: Source, data_dir: Path | None) -> Corpus | Flow:
@@ -111,29 +112,41 @@ def find_files(patterns: Sequence[str], exclude: Sequence[str], kind: str, data_
     """The files that ``patterns`` name, sorted, each once; a relative one in ``data_dir``, else in this folder."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        if pattern == "own":
-            matches = [OWN / f"{kind}.jsonl"]
-        else:
-            expanded = os.path.expanduser(pattern)
-            places = [Path(expanded)] if os.path.isabs(expanded) else [*([data_dir] if data_dir else []), Path()]
-            places = places if os.path.isabs(expanded) else [place / expanded for place in places]
-            matches = next((files for place in places if (files := _matches(place))), [])
-        if not matches or not all(file.is_file() for file in matches):
-            where = f"in {data_dir} or in {Path.cwd()}" if data_dir else f"in {Path.cwd()} (no data folder was named)"
+        places = [*([data_dir] if data_dir else []), Path()]
+        name = str(OWN / f"{kind}.jsonl") if pattern == "own" else os.path.expanduser(pattern)
+        matches = next((files for place in places if (files := _matches(place, name))), [])
+        if not matches:
+            here = f"in {data_dir} or in {Path.cwd()}" if data_dir else f"in {Path.cwd()} (no data folder was named)"
+            where = f"({name})" if os.path.isabs(name) else here
             raise ValueError(f"no {kind} file matches {pattern!r} {where}: correct the recipe, or name --data-dir")
         found.update(dict.fromkeys(matches))
     kept = [file for file in sorted(found) if not any(fnmatch(file.name, pattern) for pattern in exclude)]
     if not kept:
         raise ValueError(f"exclude leaves out all {len(found)} files of {', '.join(patterns)}: narrow it")
-    endings = (".txt", ".jsonl", ".jsonl.gz") if kind == "text" else (".jsonl", ".jsonl.gz")
     for file in kept:
-        if not file.name.endswith(endings):
-            raise ValueError(f"{file} is no {kind} file: expected a name that ends in {' or '.join(endings)}")
+        _check_name(file, kind)
     return kept
 
 
-def _matches(place: Path) -> list[Path]:
-    return sorted(Path(name) for name in glob.glob(str(place), recursive=True) if os.path.isfile(name))
+def _matches(place: Path, pattern: str) -> list[Path]:
+    names = glob.glob(pattern, root_dir=place, recursive=True)
+    return sorted(file for name in names if (file := place / name).is_file())
+
+
+def _check_name(file: Path, kind: str) -> None:
+    endings = (".txt", ".jsonl", ".jsonl.gz") if kind == "text" else (".jsonl", ".jsonl.gz")
+    if not file.name.endswith(endings):
+        raise ValueError(f"{file} is no {kind} file: expected a name that ends in {' or '.join(endings)}")
+
+
+def read_file(file: Path, kind: str) -> Iterator[Example]:
+    """The documents ("text") or conversations ("chat") of one file; ValueError names file and line."""
+    _check_name(file, kind)
+    if file.name.endswith(".txt"):
+        yield Example(label=file.name, text=_decoded(file, file.read_bytes()))
+        return
+    for number, row in _rows(file):
+        yield _example(row, f"{file}, line {number}", f"{file.name}: {row.get('id', f'line {number}')}", kind)
 
 
 def _files(source: Source, patterns: Sequence[str], kind: str, data_dir: Path | None) -> Corpus:
@@ -146,12 +159,7 @@ def _files(source: Source, patterns: Sequence[str], kind: str, data_dir: Path | 
         return total.hexdigest()
 
     def examples() -> Iterator[Example]:
-        for file in files:
-            if file.name.endswith(".txt"):
-                yield Example(label=file.name, text=_decoded(file, file.read_bytes()))
-                continue
-            for number, row in _rows(file):
-                yield _example(row, f"{file}, line {number}", f"{file.name}: {row.get('id', f'line {number}')}", kind)
+        return (example for file in files for example in read_file(file, kind))
 
     return Corpus(label=source.label, splits=kind == "text", identity=identity, examples=examples, left_out=Counter())
 
@@ -225,13 +233,9 @@ def _hub(source: Source, data_dir: Path | None) -> Corpus | Flow:
         return _example(row, f"{source.hub}, row {number}", label, kind, source.field)
 
     def start(cursor: Any) -> Iterator[tuple[Example, Callable[[], Any]]]:
-        fresh = _load(source, data_dir)
-        begin = 0
-        if cursor is not None:
-            begin = cursor["rows"]
-            fresh.load_state_dict(cursor["state"])
-        for number, row in enumerate(fresh, begin):
-            yield example(number, row), partial(_cursor, fresh, number + 1)
+        rows.load_state_dict(cursor and cursor["state"])
+        for number, row in enumerate(rows, cursor["rows"] if cursor else 0):
+            yield example(number, row), partial(_cursor, rows, number + 1)
 
     if source.streaming:
         return Flow(label=source.label, splits=kind == "text", start=start)
@@ -296,7 +300,12 @@ def _trainable(task: Task, data_dir: Path | None, left_out: Counter[str]) -> lis
             f"task {task.name!r} has no training split here, and what it reports must never be trained on: "
             f"leave it out of the recipe, or add its train file to the data folder {data_dir}"
         )
-    reported = {_identity(task, item) for item in task.items(data_dir)}
+    try:
+        reported = {_identity(task, item) for item in task.items(data_dir)}
+    except ValueError as error:
+        raise ValueError(
+            f"task {task.name!r}: its reported split can't be read, and must never be trained on: {error}"
+        ) from error
     items = [item for item in pool if _identity(task, item) not in reported]
     if not items:
         raise ValueError(

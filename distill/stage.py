@@ -1,4 +1,4 @@
-"""What a distillation is, as data: a recipe of stages over named mixtures of sources. One loop (distill/train.py) runs any.
+"""What a distillation is, as data: a recipe of stages over named mixtures of sources; distill/train.py runs any.
 
 After GenDistill (arXiv:2603.26556): align-qk, align-block, distill, instruct. A recipe is a YAML file
 (distill/recipes/); distill/recipe.py reads it.
@@ -162,6 +162,9 @@ class Student(Strict):
     output_gate: bool = True
     rope: bool = False
     lora: Lora | None = None
+    start: str = ""
+    """A model folder of the same architecture, or an earlier run's folder (its last checkpoint), whose weights the
+    student begins with: runs that share their alignment need it once."""
     select_tokens: Tokens = 0
     """kl-restore: tokens of align-block training before the layers are compared."""
 

@@ -8,6 +8,7 @@ factors alone (models/delta.py) gives back the plain model.
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from distill.stage import Lora, Recipe
 from models.convert import Report, calibrate, cast, convert
 from models.hybrid_config import check_family
 from models.kept import check_layers, keep_layers
-from models.load import DTYPES, Loaded
+from models.load import DTYPES, Loaded, load
 from models.mapping import teacher_tensor
 from models.text import batches
 
@@ -61,12 +62,14 @@ def make_student(
         student = (_control if wanted.mixer == "softmax" else _hybrid)(teacher, recipe, kept)
     if wanted.mixer != "softmax" and hasattr(student.config, FRESH):
         delattr(student.config, FRESH)  # the teacher's own past, as a control
-    if wanted.mixer == "kda":
+    if wanted.mixer == "kda" and not wanted.start:
         if text is None:
             window = getattr(config, "max_position_embeddings", 2**31)
             text = batches(teacher.tokenizer, window=window).calibration
         calibrate(student, teacher.model, text, report)
     cast(student, DTYPES[recipe.dtype])
+    if wanted.start:
+        _begin_with(student, wanted.start)
     if lora and wanted.lora is not None:
         add_lora(student, wanted.lora, recipe.seed)
     return student.eval()
@@ -145,6 +148,28 @@ def plain_model(model: Any) -> Any:
         setattr(plain.get_submodule(parent), child, linear)
     del plain.peft_config
     return plain.eval()
+
+
+def start_folder(start: str) -> Path:
+    """A model folder, or the last checkpoint of a run's folder."""
+    found = [one for one in Path(start).glob("checkpoints/*-*") if one.name.rpartition("-")[2].isdecimal()]
+    return max(found, key=lambda one: int(one.name.rpartition("-")[2]), default=Path(start))
+
+
+def _begin_with(student: Any, start: str) -> None:
+    """Give ``student`` the weights of ``start``; ValueError where they don't fit one another."""
+    found = load(str(start_folder(start)), dtype=str(student.dtype).removeprefix("torch."), device="cpu").model
+    own, given = student.state_dict(), found.state_dict()
+    wrong = [
+        name for name in {**own, **given} if getattr(own.get(name), "shape", 0) != getattr(given.get(name), "shape", 1)
+    ]
+    if wrong or mixer_layers(student) != mixer_layers(found):
+        raise ValueError(
+            f"student.start is {start}, which is built otherwise ({len(wrong)} tensors don't fit, e.g. "
+            f"{next(iter(wrong), 'none')}; mixers in layers {sorted(mixer_layers(found))}, here "
+            f"{sorted(mixer_layers(student))}): expected a checkpoint of the same student"
+        )
+    student.load_state_dict(given)
 
 
 def _kept(rule: str, given: Sequence[int] | None, layers: int) -> tuple[int, ...]:

@@ -50,7 +50,8 @@ def tokenise(corpus: Corpus, chat: Chat, held: Held, cache: Path | None) -> Docu
             try:
                 return _read(file)
             except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-                logging.getLogger("evalkit").warning("%s is damaged (%s); tokenising again", file, error)
+                reason = " ".join(str(error).split())
+                logging.getLogger("evalkit").warning("%s is damaged (%s); tokenising again", file, reason)
         documents = _tokenise(corpus, chat, held)
         _write(file, documents)
     return documents
@@ -122,7 +123,7 @@ def _write(file: Path, documents: Documents) -> None:
 
 def _read(file: Path) -> Documents:
     """The zip's checksums are verified on the way; ValueError where the arrays don't fit each other."""
-    with np.load(file, allow_pickle=False) as found:
+    with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as found:
         head = json.loads(found["head"].tobytes())
         documents = Documents(
             ids=found["ids"],

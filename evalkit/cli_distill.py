@@ -34,7 +34,9 @@ def distill(
     changes: Changes = None,
     data_dir: DataDir = None,
     device: Device = "auto",
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Save and stop after so long; --resume goes on.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Save and stop after so long; --resume goes on.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Curves for TensorBoard, too.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -50,23 +52,24 @@ def distill(
         return
     from distill.parallel import processes
     from distill.progress import shown
-    from distill.run import METRICS, tensorboard_writer
+    from distill.run import METRICS
     from distill.run import distill as run
     from distill.train import Stopped, listening
     from models.load import load, pick_device
 
-    train = partial(run, resume=resume, stage=stage, data_dir=data_dir)
+    train = partial(run, resume=resume, stage=stage, data_dir=data_dir, tensorboard=tensorboard)
     where = pick_device(device)
     with processes(where) as several, listening(minutes) as stop:
         where = f"cuda:{several.local_rank}" if where == "cuda" else where
         teacher = load(made.teacher, dtype=made.dtype, device=where)
-        board = tensorboard_writer(out) if tensorboard and several.first else None
         errors = Console(stderr=True, markup=False)
         try:
             with shown(errors, several.first) as report:
-                folder = train(made, out, teacher, stop=stop, processes=several, board=board, report=report)
+                folder = train(made, out, teacher, stop=stop, processes=several, report=report)
         except Stopped as stopped:
-            errors.print(f"evalkit: {stopped}; all is saved, and the same command with --resume goes on", soft_wrap=True)
+            errors.print(
+                f"evalkit: {stopped}; all is saved, and the same command with --resume goes on", soft_wrap=True
+            )
             raise typer.Exit(stopped.exit_code) from None
     if not several.first:
         return
@@ -84,7 +87,9 @@ def distill(
 )
 def generate_data(
     teacher: Annotated[str, typer.Argument(help="Who answers: hub id, model folder, or a built-in name.")],
-    prompts: Annotated[list[Path], typer.Option(help="JSONL files with messages; the last answer is replaced. Repeat.")],
+    prompts: Annotated[
+        list[Path], typer.Option(help="JSONL files with messages; the last answer is replaced. Repeat.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="JSONL file of the answers.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts, from the first.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit of an answer.")] = 512,
@@ -118,16 +123,21 @@ def _show_plan(name: str, plan: Any) -> None:
         table.add_column(title, justify="right")
     for one in plan.stages:
         trained, memory = f"{one.trained / 1e6:,.1f}M", f"{one.memory / 2**30:,.1f} GiB"
-        numbers = (f"{one.steps:,}", f"{one.tokens / 1e6:,.2f}M", trained, f"{one.flops:.2e}", memory)
+        numbers = (f"{one.steps:,}", _tokens(one.tokens), trained, f"{one.flops:.2e}", memory)
         table.add_row(one.name, one.loss, one.data, *numbers)
     console.print(table)
     kept = ", ".join(map(str, plan.kept)) or "none"
     console.print(
-        f"{name}: teacher {plan.teacher_parameters / 1e6:,.1f}M parameters, student {plan.student_parameters / 1e6:,.1f}M "
-        f"with attention in layers {kept}; {plan.tokens / 1e6:,.2f}M tokens and {plan.flops:.2e} FLOPs in all, "
-        f"{plan.flops / 4e14 / 60:,.1f} minutes at 4e14 FLOP/s (an H100 at 40 % of its peak).",
+        f"{name}: teacher {plan.teacher_parameters / 1e6:,.1f}M parameters, student "
+        f"{plan.student_parameters / 1e6:,.1f}M with attention in layers {kept}; {_tokens(plan.tokens)} tokens and "
+        f"{plan.flops:.2e} FLOPs in all, {plan.flops / 4e14 / 60:,.1f} minutes at 4e14 FLOP/s (an H100 at 40 % of its "
+        f"peak).",
         soft_wrap=True,
     )
+
+
+def _tokens(number: int) -> str:
+    return f"{number / 1e6:,.2f}M" if number >= 10**5 else f"{number:,}"
 
 
 def _plan_json(plan: Any) -> dict[str, Any]:

@@ -32,9 +32,9 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def tiny_recipe(**other: Any) -> Recipe:
+def tiny_recipe(lr: float = 3e-3, **other: Any) -> Recipe:
     """Four stages of three steps."""
-    each = {"tokens": 3 * 2 * 64, "seq_len": 64, "batch": 2, "lr": 3e-3, "warmup": 0.3}
+    each = {"tokens": 3 * 2 * 64, "seq_len": 64, "batch": 2, "lr": lr, "warmup": 0.3}
     full = ["mixer", "mlp", "norms"]
     stages = [
         {"name": "align-qk", "loss": "align-qk", "train": ["q", "k", "conv"], "data": "text", **each},

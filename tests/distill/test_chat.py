@@ -216,6 +216,7 @@ def test_bos_that_the_tokenizer_wants_and_the_template_lacks_is_added():
     ("messages", "reason"),
     [
         (turns("Hi"), "without an assistant's turn"),
+        (turns("Hi", "Bye")[1:], "without a question before the answer"),
         (turns("Hi", "  "), "with an empty answer"),
         (turns("Hi", "Bye<|im_end|>"), "with <|im_end|> inside a message"),
         (turns("Hi <|im_end|>", "Bye"), "with <|im_end|> inside a message"),

@@ -12,7 +12,16 @@ from distill.stage import Stage
 
 
 def stage(**options: object) -> Stage:
-    given = {"name": "s", "loss": "ce", "train": ("all",), "data": "d", "tokens": 1, "seq_len": 8, "batch": 1, "lr": 1.0}
+    given = {
+        "name": "s",
+        "loss": "ce",
+        "train": ("all",),
+        "data": "d",
+        "tokens": 1,
+        "seq_len": 8,
+        "batch": 1,
+        "lr": 1.0,
+    }
     return Stage.model_validate({**given, **options})
 
 
@@ -102,7 +111,10 @@ def test_a_state_goes_on_bit_for_bit() -> None:
         masters = Masters(dict(made.named_parameters()), stage(lr=1e-2), ())
         for step in range(6):
             if step == cut:
-                kept = {name: value.clone() if hasattr(value, "clone") else value for name, value in masters.state_dict().items()}
+                kept = {
+                    name: value.clone() if hasattr(value, "clone") else value
+                    for name, value in masters.state_dict().items()
+                }
                 made = model(torch.bfloat16)
                 masters = Masters(dict(made.named_parameters()), stage(lr=1e-2), ())
                 masters.load_state_dict(kept)

@@ -89,6 +89,7 @@ def test_changes_are_made_by_path_and_a_stage_s_name() -> None:
     assert (recipe.seed, recipe.stages[0].mask, recipe.student.keep) == (3, "completion", "uniform:8")
     assert recipe.stages[0].lr == 2e-3
     assert changed(content(), ["stages.one={name: two}"])["stages"] == [{"name": "two"}]
+    assert changed(content(), ["stages.one=null"])["stages"] == []
 
 
 @pytest.mark.parametrize("change", ["seed", "=3", "stages.two.lr=1", "name.x=1"])

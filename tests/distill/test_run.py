@@ -139,7 +139,9 @@ def test_the_control_and_fine_tuning_run_through_the_same_loop(tmp_path: Path) -
     run(control, tmp_path / "control")
     ends = [line for line in lines(tmp_path / "control") if line.get("end")]
     assert len(ends) == 4 and all(line["probe"]["after"] < line["probe"]["before"] for line in ends)
-    tuned = parse({**base, "student": {"mixer": "same"}, "stages": [{**base["stages"][3], "loss": "ce", "train": ["all"]}]})
+    tuned = parse(
+        {**base, "student": {"mixer": "same"}, "stages": [{**base["stages"][3], "loss": "ce", "train": ["all"]}]}
+    )
     run(tuned, tmp_path / "tuned")
     [end] = [line for line in lines(tmp_path / "tuned") if line.get("end")]
     assert end["probe"]["after"] < end["probe"]["before"]
@@ -199,7 +201,9 @@ def test_a_resume_with_another_recipe_lists_the_differences(tmp_path: Path) -> N
     with pytest.raises(Stopped):
         run(tiny_recipe(), tmp_path / "run", stop=After(2))
     other = parse(changed(tiny_recipe().model_dump(mode="json"), ["seed=5", "stages.distill.lr=0.5"]))
-    with pytest.raises(ValueError, match=r"seed \(0, now 5\).*stages.distill.lr \(0.003, now 0.5\)|stages.distill.lr.*seed"):
+    with pytest.raises(
+        ValueError, match=r"seed \(0, now 5\).*stages.distill.lr \(0.003, now 0.5\)|stages.distill.lr.*seed"
+    ):
         run(other, tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match="holds a run of the recipe 'tiny': add --resume"):
         run(tiny_recipe(), tmp_path / "run")
