@@ -140,9 +140,14 @@ class _Both:
         return torch.randint(self.shapes.teacher.vocab_size, shape, generator=self.generator)
 
     def _attempt(self, side: Side, work: Callable[[], None]) -> None:
-        """One side's work; its cache and what the allocator kept of it are gone before the other side's turn."""
+        """One side's work; its cache is gone before the other side's turn.
+
+        The allocator keeps the memory, unless the work failed for want of it: to ask the device for it again is time
+        that the next prompt's first token would seem to take (at 8K tokens, a third of it).
+        """
         tolerant(side, work)
-        free()
+        if side.status != "ok":
+            free()
 
     def _profile(self, side: str, tokens: int) -> dict[str, Any]:
         try:
