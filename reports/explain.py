@@ -12,6 +12,7 @@ from reports.cells import inline
 from reports.compare import SCHEMA
 from reports.markdown import sentence
 from reports.table import percent, signed, unread
+from reports.why import plain
 
 NAMES = {"loglikelihood": "log-likelihood", "generation": "generation"}
 SHOWN = 160
@@ -86,20 +87,11 @@ def _figures(result: dict[str, Any]) -> list[str]:
 
 
 def _why(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> list[str]:
-    tasks = [task for task in _used(result) if task["flows"]]
     lines = []
-    if tasks:
-        nets = []
-        for kind in (row["outcome"] for row in tasks[0]["flows"]):
-            rows = [row for task in tasks for row in task["flows"] if row["outcome"] == kind]
-            nets.append((kind, macro([_interval(row) for row in rows])))
-        nets.sort(key=lambda pair: -abs(pair[1].mean))
-        for kind, net in nets[:3]:
-            if net.mean:
-                cell = {"mean": net.mean, "ci95": [net.low, net.high]}
-                lines.append(
-                    f"Of the loss by generation, {signed(cell)} points are right answers that became {kind} (net)."
-                )
+    nets = sorted(overall_flows(result), key=lambda pair: -abs(float(pair[1]["mean"])))
+    for kind, net in nets[:3]:
+        if net["mean"]:
+            lines.append(f"Of the loss by generation, {signed(net)} points are right answers that became {kind} (net).")
     for task in _used(result):
         mass = (task["modes"].get("loglikelihood") or {}).get("mass") or {}
         for who, cell in mass.items():
@@ -110,6 +102,14 @@ def _why(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> list[str]:
                     f"{who}'s probability is on the choices at all, so ranking them tells little of what it says."
                 )
     return lines + [_example(row) for row in examples(items)]
+
+
+def overall_flows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Net flows averaged over the tasks with signal, each with its interval; they add up to the overall loss."""
+    tasks = [task for task in _used(result) if task["flows"]]
+    kinds = [row["outcome"] for row in tasks[0]["flows"]] if tasks else []
+    parts = {kind: [_interval(row) for task in tasks for row in task["flows"] if row["outcome"] == kind] for kind in kinds}
+    return [(kind, plain(macro(rows))) for kind, rows in parts.items()]
 
 
 def _interval(row: dict[str, Any]) -> Interval:
