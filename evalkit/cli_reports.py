@@ -205,3 +205,25 @@ def bridge(
     write_json(out / "bridge.json", result)
     write_text(out / "bridge.md", bridge_markdown(result))
     print(json.dumps(result, indent=2)) if json_output else console.print(bridge_markdown(result))
+
+
+@app.command(
+    epilog="Examples: `evalkit report compare` · `evalkit report runs/step-1000 runs/step-2000 --out report` · "
+    "`evalkit report compare --format html --no-text`"
+)
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="A comparison, a run, or the runs of several checkpoints.")],
+    formats: Annotated[str, typer.Option("--format", help="md, html, or both, with a comma.")] = "md,html",
+    no_text: Annotated[bool, typer.Option("--no-text", help="No prompts, choices or replies: nothing to leak.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder.", show_default="the one given, or report for several")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write report.md with SVG charts and report.html, one file that opens offline: charts, tables, every item."""
+    where = out or (folders[0] if len(folders) == 1 else Path("report"))
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    made = api_reports.report(folders, where, wanted, text=not no_text)
+    print(json.dumps({"files": [str(path) for path in made]})) if json_output else console.print(
+        f"Report: {' · '.join(map(str, made))}", soft_wrap=True
+    )

@@ -46,6 +46,7 @@ CONFIG: dict[str, Any] = {
         "title": None,
         "labelFontSize": 11,
         "symbolSize": 70,
+        "symbolOpacity": 1,
         "offset": 6,
     },
     "title": {"color": INK, "fontSize": 12, "fontWeight": 600, "anchor": "start", "offset": 8, "frame": "group"},
@@ -94,12 +95,14 @@ def points(value: float) -> float:
 def panel(*layers: Any, title: str = "", rows: Rows, height: Any = None) -> dict[str, Any]:
     """One view of ``layers`` over ``rows`` as Vega-Lite."""
     alt = altair()
-    chart = alt.layer(*layers, data=alt.InlineData(values=list(rows)))
+    chart = alt.layer(*layers)
     chart = chart.properties(width=WIDTH, **({"title": title} if title else {}), **({"height": height} if height else {}))
     spec: dict[str, Any] = chart.to_dict()
-    for unused in ("config", "$schema"):
+    for unused in ("config", "$schema", "datasets"):
         spec.pop(unused, None)
-    return spec
+    for layer in spec["layer"]:
+        layer.pop("data", None)  # a chart without data names an empty set; the rows are the view's
+    return {**spec, "data": {"values": list(rows)}}
 
 
 def in_page(spec: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def svg(figure: Figure) -> str:
     import vl_convert
 
     whole: dict[str, Any] = {"$schema": schema(), "config": {**CONFIG, "background": "white"}, "spacing": 28}
-    whole["resolve"] = {"scale": {"color": "independent", "x": "independent", "y": "independent"}}
+    whole["resolve"] = {"scale": dict.fromkeys(("color", "shape", "opacity", "x", "y", "yOffset"), "independent")}
     whole["concat"], whole["columns"] = list(figure.panels), 1 if figure.wide else min(2, len(figure.panels))
     whole["padding"] = 12
     drawn: str = vl_convert.vegalite_to_svg(whole)

@@ -33,6 +33,12 @@ def _interval(cell: dict[str, Any]) -> dict[str, float]:
     return {"mean": points(cell["mean"]), "low": points(cell["ci95"][0]), "high": points(cell["ci95"][1])}
 
 
+def _whole(result: dict[str, Any]) -> str:
+    """The label of all tasks with signal together; empty where that is one task or none."""
+    used = len(result["overall"]["tasks"])
+    return f"overall ({used} tasks)" if used > 1 else ""
+
+
 def _label(task: dict[str, Any], signal: bool) -> str:
     return f"{task['name']} (n = {task['n']:,})" + ("" if signal else f" {NO_SIGNAL}")
 
@@ -57,28 +63,29 @@ def dots(rows: Sequence[dict[str, Any]], colours: dict[str, str], *, axis: str, 
     told = [alt.Tooltip("row:N", title="Task"), alt.Tooltip("series:N", title="Series")]
     told += [alt.Tooltip(f"{key}:Q", format="+.1f" if zero else ".1f") for key in ("mean", "low", "high")]
     faint = alt.condition("datum.signal", alt.value(1), alt.value(0.4))
-    x = alt.X("low:Q", title=axis, scale=alt.Scale(zero=False, nice=True))
+    scale, ruler = alt.Scale(zero=False, nice=True), alt.Axis(grid=True, tickCount=8)
+    x = alt.X("low:Q", title=axis, scale=scale, axis=ruler)
     base = alt.Chart().encode(y=y, yOffset=offset, color=colour, opacity=faint, tooltip=told)
     layers = [
         base.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q"),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("mean:Q"), shape=shape),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("mean:Q", scale=scale), shape=shape),
     ]
     if zero:
-        layers.insert(0, alt.Chart().mark_rule(color=MUTED, strokeDash=[3, 3]).encode(x=alt.datum(0)))
+        layers.insert(0, alt.Chart().mark_rule(color=MUTED, strokeDash=[3, 3]).encode(x=alt.datum(0, axis=ruler)))
     if any("floor" in row for row in rows):
         tick = alt.Chart().mark_tick(color=INK, thickness=1.5, size=14).encode(x="floor:Q", y=y, yOffset=offset)
         layers.append(tick.encode(tooltip=[alt.Tooltip("floor:Q", format=".1f")]))
-    return panel(*layers, title=title, rows=rows, height=alt.Step(34 if len(series) > 1 else 24))
+    return panel(*layers, title=title, rows=rows, height={"step": 16 + 13 * len(series), "for": "position"})
 
 
 def losses(result: dict[str, Any]) -> Figure:
     """Loss by log-likelihood and by generation, side by side, and what lies between them in both units."""
     overall, rows, between = result["overall"], [], []
-    whole = f"overall ({len(overall['tasks'])} tasks)"
-    for mode, cell in overall["modes"].items():
+    whole = _whole(result)
+    for mode, cell in overall["modes"].items() if whole else ():
         rows.append({"row": whole, "series": MODE_NAMES[mode], "signal": True, **_interval(cell["gap"])})
     kind = "hidden_gap" if overall["hidden_gap"] or any(t["hidden_gap"] for t in result["tasks"]) else "protocol_gap"
-    cells = [(whole, True, overall[kind])]
+    cells = [(whole, True, overall[kind])] if whole else []
     for task in result["tasks"]:
         for mode, cell in task["modes"].items():
             label = _label(task, all(task["signal"].values()))
@@ -142,9 +149,8 @@ def flows(result: dict[str, Any]) -> Figure | None:
     tasks = [task for task in result["tasks"] if task["flows"]]
     if not tasks:
         return None
-    rows, whole = [], f"overall ({len(result['overall']['tasks'])} tasks)"
-    nets = overall_flows(result)
-    cells = [(whole, kind, net, None, None) for kind, net in nets]
+    rows, whole = [], _whole(result)
+    cells = [(whole, kind, net, None, None) for kind, net in overall_flows(result) if whole]
     for task in tasks:
         label = _label(task, task["signal"][GENERATION])
         for row in task["flows"]:
@@ -164,7 +170,7 @@ def flows(result: dict[str, Any]) -> Figure | None:
         x=alt.X("mean:Q", title="net loss by generation (points)"), y=y, color=colour, tooltip=[*told, "lost:Q", "gained:Q"]
     )
     panels = [panel(bars, zero, title="By task", rows=rows, height=alt.Step(26))] if rows else []
-    first = [row for row in rows if row["row"] == whole]
+    first = [row for row in rows if row["row"] == rows[0]["row"]]
     if first:
         y = alt.Y("outcome:N", sort=kinds, title=None, axis=alt.Axis(grid=False, domain=False, ticks=False))
         base = alt.Chart().encode(y=y, tooltip=told)
@@ -172,7 +178,7 @@ def flows(result: dict[str, Any]) -> Figure | None:
             x=alt.X("mean:Q", title="net loss by generation (points)"), color=alt.Color("outcome:N", scale=scale, legend=None)
         )
         error = base.mark_rule(color=INK, strokeWidth=1.5).encode(x="low:Q", x2="high:Q")
-        panels.insert(0, panel(zero, bar, error, title="Overall", rows=first, height=alt.Step(26)))
+        panels.insert(0, panel(zero, bar, error, title=rows[0]["row"].capitalize(), rows=first, height=alt.Step(26)))
     if not panels:
         return None
     return Figure(

@@ -1,6 +1,7 @@
 """`evalkit explain`: one page in plain sentences on a comparison. Every claim stands with its interval."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,51 @@ SHOWN = 160
 def read_comparison(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(compare.json, the rows of items.jsonl); ValueError says what is missing and what to run."""
     if (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is one run; explain needs a comparison: evalkit compare TEACHER STUDENT --out DIR")
+        raise ValueError(f"{folder} is one run, no comparison; make one: evalkit compare TEACHER STUDENT --out DIR")
     for name in ("compare.json", "items.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no comparison: it has no {name}; run evalkit compare with --out {folder}")
     try:
-        result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-        items = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        result = _read((folder / "compare.json").read_text(encoding="utf-8"))
+        items = [_read(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
         raise ValueError(f"{folder} is damaged ({error}); run the same `evalkit compare` command again") from error
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{folder / 'compare.json'} has the schema {schema!r}; this evalkit reads {SCHEMA!r}")
     if any("recovery" not in task for task in result["tasks"]):
         raise ValueError(f"{folder / 'compare.json'} is of an older evalkit; run the same `evalkit compare` again")
+    held = Counter(row["task"] for row in items)
+    for task in result["tasks"]:
+        if held[task["name"]] != task["n"]:
+            raise ValueError(
+                f"{folder / 'items.jsonl'} holds {held[task['name']]} items of {task['name']!r} where compare.json says "
+                f"{task['n']}; run the same `evalkit compare` command again"
+            )
     return result, items
+
+
+def _read(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds the number {constant}")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def explain(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str) -> str:
     """The page, as Markdown that reads as plain text too; ``folder`` goes into the next command."""
+    verdict = _section("Verdict", [sentence(result)])
+    return "\n\n".join([f"# {title(result)}", *verdict, *explain_sections(result, items, folder)]) + "\n"
+
+
+def title(result: dict[str, Any]) -> str:
     teacher, student = (inline(result[who]["name"]) for who in ("teacher", "student"))
-    parts = [
-        f"# What {student} lost of {teacher}",
-        *_section("Verdict", [sentence(result)]),
+    return f"What {student} lost of {teacher}"
+
+
+def explain_sections(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str) -> list[str]:
+    """What follows the verdict; without ``items`` there are no examples."""
+    return [
         *_section("In figures", _figures(result)),
         *_section("Why", _why(result, items)),
         *_section("Where", _where(result)),
@@ -53,7 +76,6 @@ def explain(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str
         *_section("Where this comes from", _provenance(result)),
         *_section("Next", _next(result, folder)),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

@@ -14,10 +14,16 @@ from reports.why_markdown import why_sections
 
 
 def compare_markdown(result: dict[str, Any]) -> str:
-    teacher, student = result["teacher"], result["student"]
+    return "\n\n".join([f"# {title(result)}", sentence(result), *compare_sections(result)]) + "\n"
+
+
+def title(result: dict[str, Any]) -> str:
+    return f"{_inline(result['teacher']['name'])} against {_inline(result['student']['name'])}"
+
+
+def compare_sections(result: dict[str, Any]) -> list[str]:
+    """Every table, the main one first."""
     parts = [
-        f"# {_inline(teacher['name'])} against {_inline(student['name'])}",
-        sentence(result),
         _main_table(result),
         caption(result),
         *why_sections(result),
@@ -31,8 +37,7 @@ def compare_markdown(result: dict[str, Any]) -> str:
     ]
     if result["notes"]:
         parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in result["notes"])]
-    parts += ["## What was compared", _provenance(result)]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## What was compared", _provenance(result)]
 
 
 def sentence(result: dict[str, Any]) -> str:

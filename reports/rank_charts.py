@@ -95,9 +95,9 @@ def slopes(result: dict[str, Any]) -> Figure | None:
             kind = "reversal, resolved in both modes" if marked else "crossing within noise"
             rows.append({"what": "cross", "pair": pair, "kind": kind, "x": share, "rank": ll[i] + share * (gen[i] - ll[i])})
     named = len(labels) <= LABELLED
-    axis = alt.Axis(values=[0, 1], labelExpr="datum.value < 0.5 ? 'log-likelihood' : 'generation'", grid=False, orient="top")
+    axis = alt.Axis(values=[0, 1], labelExpr="datum.value < 0.5 ? 'log-likelihood' : 'generation'", grid=False, orient="top", domain=False, ticks=False)
     x = alt.X("x:Q", title=None, scale=alt.Scale(domain=[-0.45, 1.45], nice=False), axis=axis)
-    y = alt.Y("rank:Q", title="rank (1: best)", scale=alt.Scale(domain=[len(labels) + 0.5, 0.5], nice=False), axis=alt.Axis(grid=False, tickMinStep=1, format="d"))
+    y = alt.Y("rank:Q", title="rank (1: best)", scale=alt.Scale(domain=[len(labels) + 0.5, 0.5], nice=False), axis=alt.Axis(grid=False, tickMinStep=1, format="d", domain=False))
     line = alt.Chart().transform_filter("datum.what == 'line'")
     cross = alt.Chart().transform_filter("datum.what == 'cross'")
     kinds = ["reversal, resolved in both modes", "crossing within noise"]

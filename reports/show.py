@@ -16,7 +16,7 @@ def disagreements(folder: Path, task: str | None, everything: bool) -> list[dict
     if (folder / MANIFEST).is_file():
         runs = [("", read_run(folder))]
     elif (folder / "compare.json").is_file():
-        runs = [(who, _side(folder, who)) for who in ("teacher", "student")]
+        runs = [(who, side(folder, who)) for who in ("teacher", "student")]
     else:
         raise ValueError(f"{folder} is neither a run (it has no {MANIFEST}) nor a comparison (no compare.json)")
     names = runs[0][1].tasks
@@ -33,7 +33,7 @@ def disagreements(folder: Path, task: str | None, everything: bool) -> list[dict
     return found
 
 
-def _side(folder: Path, who: str) -> Run:
+def side(folder: Path, who: str) -> Run:
     """The run that a comparison was made of: where it was when compared, or (moved along with it) beside the report."""
     told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))[who]
     places = [*([Path(told["run"])] if told["run"] else []), folder / who]
