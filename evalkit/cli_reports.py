@@ -214,7 +214,9 @@ def bridge(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="A comparison, a run, or the runs of several checkpoints.")],
     formats: Annotated[str, typer.Option("--format", help="md, html, or both, with a comma.")] = "md,html",
-    no_text: Annotated[bool, typer.Option("--no-text", help="No prompts, choices or replies: nothing to leak.")] = False,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="No prompts, choices or replies: nothing to leak.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder.", show_default="the one given, or report for several")
     ] = None,

@@ -85,7 +85,7 @@ def _side(row: Mapping[str, Any], who: str, text: bool, limit: int | None) -> li
     ranked, said = row.get(f"{who}_loglikelihood"), row.get(f"{who}_generation")
     answer = row.get(f"{who}_loglikelihood_answer")
     picked = row["choices"].index(answer) if answer in row["choices"] else -1
-    logprobs = [round(value, 4) for value in row.get(f"{who}_logprobs", ())]
+    logprobs = [round(value, 3) for value in row.get(f"{who}_logprobs", ())]
     side = [_index(ranked), picked, logprobs, _index(said)]
     if not text or said is None:
         return side
@@ -96,7 +96,7 @@ def _side(row: Mapping[str, Any], who: str, text: bool, limit: int | None) -> li
 
 
 def _index(verdict: str | None) -> int:
-    return -1 if verdict is None else VERDICTS.index(verdict)  # type: ignore[arg-type]
+    return -1 if verdict is None else VERDICTS.index(verdict)
 
 
 def _cut(text: str, limit: int | None, end: bool = False) -> str:

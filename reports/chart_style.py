@@ -17,7 +17,7 @@ FLOW_COLOURS = {
     "truncated": "#56B4E9",
     "empty": "#999999",
 }
-"""After Okabe and Ito (2008): told apart with any colour vision. report.css gives each of these its dark counterpart."""
+"""After Okabe and Ito (2008): told apart with any colour vision. report.css gives each its dark counterpart."""
 
 MODE_NAMES = {LOGLIKELIHOOD: "log-likelihood", GENERATION: "generation"}
 WIDTH = 460
@@ -31,8 +31,8 @@ CONFIG: dict[str, Any] = {
         "labelColor": INK,
         "titleColor": INK,
         "titleFontWeight": "normal",
-        "labelFontSize": 11,
-        "titleFontSize": 11,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
         "domainColor": MUTED,
         "tickColor": MUTED,
         "gridColor": GRID,
@@ -44,13 +44,13 @@ CONFIG: dict[str, Any] = {
         "titleColor": INK,
         "orient": "top",
         "title": None,
-        "labelFontSize": 11,
+        "labelFontSize": 12,
         "symbolSize": 70,
         "symbolOpacity": 1,
         "offset": 6,
     },
-    "title": {"color": INK, "fontSize": 12, "fontWeight": 600, "anchor": "start", "offset": 8, "frame": "group"},
-    "text": {"color": INK, "fontSize": 10},
+    "title": {"color": INK, "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 8, "frame": "group"},
+    "text": {"color": INK, "fontSize": 11},
     "rule": {"color": MUTED},
 }
 
@@ -68,8 +68,6 @@ class Figure:
     """What is drawn, of how many items, and what the intervals are."""
     panels: tuple[dict[str, Any], ...]
     """Vega-Lite: a view each, side by side where there is room."""
-    wide: bool = False
-    """Its panels stand one below the other."""
 
     @property
     def data(self) -> list[dict[str, Any]]:
@@ -96,7 +94,9 @@ def panel(*layers: Any, title: str = "", rows: Rows, height: Any = None) -> dict
     """One view of ``layers`` over ``rows`` as Vega-Lite."""
     alt = altair()
     chart = alt.layer(*layers)
-    chart = chart.properties(width=WIDTH, **({"title": title} if title else {}), **({"height": height} if height else {}))
+    chart = chart.properties(
+        width=WIDTH, **({"title": title} if title else {}), **({"height": height} if height else {})
+    )
     spec: dict[str, Any] = chart.to_dict()
     for unused in ("config", "$schema", "datasets"):
         spec.pop(unused, None)
@@ -117,7 +117,7 @@ def svg(figure: Figure) -> str:
 
     whole: dict[str, Any] = {"$schema": schema(), "config": {**CONFIG, "background": "white"}, "spacing": 28}
     whole["resolve"] = {"scale": dict.fromkeys(("color", "shape", "opacity", "x", "y", "yOffset"), "independent")}
-    whole["concat"], whole["columns"] = list(figure.panels), 1 if figure.wide else min(2, len(figure.panels))
+    whole["concat"], whole["columns"] = list(figure.panels), min(2, len(figure.panels))
     whole["padding"] = 12
     drawn: str = vl_convert.vegalite_to_svg(whole)
     return drawn

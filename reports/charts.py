@@ -51,7 +51,9 @@ def _clustered(tasks: Sequence[dict[str, Any]]) -> bool:
     return any(task["clusters"] < task["n"] for task in tasks)
 
 
-def dots(rows: Sequence[dict[str, Any]], colours: dict[str, str], *, axis: str, title: str, zero: bool) -> dict[str, Any]:
+def dots(
+    rows: Sequence[dict[str, Any]], colours: dict[str, str], *, axis: str, title: str, zero: bool
+) -> dict[str, Any]:
     """Estimates with their intervals, the series of one row side by side."""
     alt = altair()
     labels = list(dict.fromkeys(row["row"] for row in rows))
@@ -75,7 +77,7 @@ def dots(rows: Sequence[dict[str, Any]], colours: dict[str, str], *, axis: str, 
     if any("floor" in row for row in rows):
         tick = alt.Chart().mark_tick(color=INK, thickness=1.5, size=14).encode(x="floor:Q", y=y, yOffset=offset)
         layers.append(tick.encode(tooltip=[alt.Tooltip("floor:Q", format=".1f")]))
-    return panel(*layers, title=title, rows=rows, height={"step": 16 + 13 * len(series), "for": "position"})
+    return panel(*layers, title=title, rows=rows, height=len(labels) * (16 + 13 * len(series)))
 
 
 def losses(result: dict[str, Any]) -> Figure:
@@ -103,7 +105,9 @@ def losses(result: dict[str, Any]) -> Figure:
         units = {"raw points": INK, "formula score": "#CC79A7"}
         title = f"{name.capitalize()}: generation’s loss − log-likelihood’s"
         panels.append(dots(between, units, axis=f"{name} (points; hundredths)", title=title, zero=True))
-    how = "t with CR2 where items are clustered, else Tango’s score interval" if _clustered(result["tasks"]) else "Tango"
+    how = (
+        "t with CR2 where items are clustered, else Tango’s score interval" if _clustered(result["tasks"]) else "Tango"
+    )
     marked = "" if all(all(t["signal"].values()) for t in result["tasks"]) else f" {NO_SIGNAL}, faint: without signal."
     return Figure(
         name="losses",
@@ -161,24 +165,34 @@ def flows(result: dict[str, Any]) -> Figure | None:
         if kind in kinds:
             rows.append({"row": label, "outcome": kind, "lost": lost, "gained": gained, **_interval(net)})
     scale = alt.Scale(domain=kinds, range=[FLOW_COLOURS[kind] for kind in kinds])
-    colour = alt.Color("outcome:N", scale=scale)
+    colour = alt.Color("outcome:N", scale=scale, legend=alt.Legend(columns=3))
     zero = alt.Chart().mark_rule(color=MUTED).encode(x=alt.datum(0))
     told = ["row:N", "outcome:N", *(alt.Tooltip(f"{key}:Q", format="+.1f") for key in ("mean", "low", "high"))]
     labels = list(dict.fromkeys(row["row"] for row in rows))
     y = alt.Y("row:N", sort=labels, title=None, axis=alt.Axis(grid=False, domain=False, ticks=False))
-    bars = alt.Chart().mark_bar(height=16).encode(
-        x=alt.X("mean:Q", title="net loss by generation (points)"), y=y, color=colour, tooltip=[*told, "lost:Q", "gained:Q"]
+    bars = (
+        alt.Chart()
+        .mark_bar(height=16)
+        .encode(
+            x=alt.X("mean:Q", title="net loss by generation (points)"),
+            y=y,
+            color=colour,
+            tooltip=[*told, "lost:Q", "gained:Q"],
+        )
     )
-    panels = [panel(bars, zero, title="By task", rows=rows, height=alt.Step(26))] if rows else []
+    panels = [panel(bars, zero, title="By task", rows=rows, height=26 * len(labels))] if rows else []
     first = [row for row in rows if row["row"] == rows[0]["row"]]
     if first:
         y = alt.Y("outcome:N", sort=kinds, title=None, axis=alt.Axis(grid=False, domain=False, ticks=False))
         base = alt.Chart().encode(y=y, tooltip=told)
         bar = base.mark_bar(height=16).encode(
-            x=alt.X("mean:Q", title="net loss by generation (points)"), color=alt.Color("outcome:N", scale=scale, legend=None)
+            x=alt.X("mean:Q", title="net loss by generation (points)"),
+            color=alt.Color("outcome:N", scale=scale, legend=None),
         )
         error = base.mark_rule(color=INK, strokeWidth=1.5).encode(x="low:Q", x2="high:Q")
-        panels.insert(0, panel(zero, bar, error, title=rows[0]["row"].capitalize(), rows=first, height=alt.Step(26)))
+        panels.insert(
+            0, panel(zero, bar, error, title=str(rows[0]["row"]).capitalize(), rows=first, height=26 * len(first))
+        )
     if not panels:
         return None
     return Figure(
@@ -213,7 +227,12 @@ def flips(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> Figure | N
             for s in kinds
         ]
         base = alt.Chart().encode(
-            x=alt.X("student:N", sort=kinds, title="student", axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False)),
+            x=alt.X(
+                "student:N",
+                sort=kinds,
+                title="student",
+                axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False),
+            ),
             y=alt.Y("teacher:N", sort=kinds, title="teacher", axis=alt.Axis(domain=False, ticks=False)),
             tooltip=["teacher:N", "student:N", "items:Q", alt.Tooltip("share:Q", format=".1f", title="percent")],
         )
@@ -222,7 +241,9 @@ def flips(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> Figure | N
         text = alt.condition("datum.dark", alt.value("#ffffff"), alt.value("#111111"))
         cells = base.mark_rect(stroke="#ffffff", strokeWidth=1).encode(color=fill)
         numbers = base.mark_text(fontSize=12).encode(text=alt.Text("items:Q", format=","), color=text)
-        panels.append(panel(cells, numbers, title=f"By {MODE_NAMES[mode]} (n = {n:,})", rows=rows, height=alt.Step(38)))
+        panels.append(
+            panel(cells, numbers, title=f"By {MODE_NAMES[mode]} (n = {n:,})", rows=rows, height=38 * len(kinds))
+        )
     if not panels:
         return None
     return Figure(

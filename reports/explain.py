@@ -41,7 +41,7 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     for task in result["tasks"]:
         if held[task["name"]] != task["n"]:
             raise ValueError(
-                f"{folder / 'items.jsonl'} holds {held[task['name']]} items of {task['name']!r} where compare.json says "
+                f"{folder / 'items.jsonl'} holds {held[task['name']]} items of {task['name']!r}, but compare.json says "
                 f"{task['n']}; run the same `evalkit compare` command again"
             )
     return result, items
@@ -130,7 +130,9 @@ def overall_flows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Net flows averaged over the tasks with signal, each with its interval; they add up to the overall loss."""
     tasks = [task for task in _used(result) if task["flows"]]
     kinds = [row["outcome"] for row in tasks[0]["flows"]] if tasks else []
-    parts = {kind: [_interval(row) for task in tasks for row in task["flows"] if row["outcome"] == kind] for kind in kinds}
+    parts = {
+        kind: [_interval(row) for task in tasks for row in task["flows"] if row["outcome"] == kind] for kind in kinds
+    }
     return [(kind, plain(macro(rows))) for kind, rows in parts.items()]
 
 

@@ -105,11 +105,12 @@ def _columns(name: str, cell: dict[str, Any]) -> dict[str, float]:
 def citation(models: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
     """BibTeX of the figures: which models by fingerprint, which tasks, which evalkit."""
     told = "; ".join(f"{model['name']} ({model['fingerprint']})" for model in models)
+    names = " and ".join(model["name"] for model in models[:2])
     key = re.sub(r"[^a-z0-9]+", "-", "-".join(model["name"] for model in models[:2]).lower()).strip("-")
     return "\n".join(
         [
             f"@misc{{evalkit-{key},",
-            f"  title = {{Log-likelihood and generation scores of {_latex(' and '.join(m['name'] for m in models[:2]))}}},",
+            f"  title = {{Log-likelihood and generation scores of {_latex(names)}}},",
             f"  note = {{Models by fingerprint: {_latex(told)}. Tasks: {_latex(', '.join(tasks))}}},",
             f"  howpublished = {{evalkit {__version__}}}",
             "}",

@@ -54,6 +54,9 @@ def _cells(line: str) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Undo ``cells.inline``, then escape for HTML."""
-    plain = re.sub(r"\\([\\|])", r"\1", text).replace("&lt;", "<")
-    return _CODE.sub(r"<code>\1</code>", html.escape(plain))
+    return _CODE.sub(r"<code>\1</code>", html.escape(plain(text)))
+
+
+def plain(text: str) -> str:
+    """Undo ``cells.inline``."""
+    return re.sub(r"\\([\\|])", r"\1", text).replace("&lt;", "<")

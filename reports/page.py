@@ -10,43 +10,49 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from evalkit import __version__
 from evalkit.records import VERDICTS
 from reports.browse import packed
 from reports.chart_style import in_page, library
-from reports.markup import to_html
+from reports.markup import plain, to_html
 from reports.report import Report
 
 TEMPLATES = Path(__file__).parent / "templates"
-SMALL = 3
-"""Panels of a figure up to which each may be as wide as the page allows."""
 
 
 def page(report: Report) -> str:
-    import jinja2
-
     scripts = [_inline(library()), _inline((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     items, limit = packed(report.items, report.who, report.prompts, report.text)
-    charts = {f"{figure.name}-{at}": in_page(panel) for figure in report.figures for at, panel in enumerate(figure.panels)}
+    charts = {
+        f"{figure.name}-{at}": in_page(panel) for figure in report.figures for at, panel in enumerate(figure.panels)
+    }
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    safe = jinja2.utils.markupsafe.Markup
     return environment.get_template("report.html.j2").render(
         report=report,
+        title=plain(report.title),
         policy=_policy(scripts),
-        style=safe((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        scripts=[safe(script) for script in scripts],
-        charts=safe(_json(charts)),
-        about=safe(_json({"names": dict(zip(report.who, report.names, strict=True)), "copy": _copies(report)})),
-        items=safe(items),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        charts=Markup(_json(charts)),
+        about=Markup(_json({"names": dict(zip(report.who, report.names, strict=True)), "copy": _copies(report)})),
+        items=Markup(items),
         limit=limit,
         verdicts=VERDICTS,
-        lead=safe(to_html(report.lead)),
-        checks=[(check, safe(to_html(check.told).removeprefix("<p>").removesuffix("</p>"))) for check in report.checks],
-        sections=safe(to_html("\n\n".join(report.sections))),
-        tables=safe(to_html("\n\n".join(report.tables), level=1)),
+        lead=Markup(to_html(report.lead)),
+        checks=[
+            (check, Markup(to_html(check.told).removeprefix("<p>").removesuffix("</p>"))) for check in report.checks
+        ],
+        sections=Markup(to_html("\n\n".join(report.sections))),
+        tables=Markup(to_html("\n\n".join(report.tables), level=1)),
         version=__version__,
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from scipy.stats import rankdata
 
-from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES
+from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode
 from reports.chart_style import ALARM, INK, LL, MODE_COLOURS, MODE_NAMES, MUTED, REST, Figure, altair, panel, points
 from reports.charts import dots
 
@@ -45,18 +45,24 @@ def scatter(result: dict[str, Any]) -> Figure:
         told = ["checkpoint:N", *(alt.Tooltip(f"{mode}:Q", format=".1f", title=MODE_NAMES[mode]) for mode in MODES)]
         base = alt.Chart().encode(tooltip=told)
 
-        def axis(mode: str, kind: Any, tail: str = "") -> Any:
+        def axis(mode: Mode, kind: Any, tail: str = "") -> Any:
             title = f"accuracy by {MODE_NAMES[mode]} (percent)"
-            return kind(f"{mode}{tail}:Q", title=title, scale=alt.Scale(zero=False, nice=True))
+            return kind(
+                f"{mode}{tail}:Q", title=title, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8)
+            )
 
         x, y = axis(LOGLIKELIHOOD, alt.X), axis(GENERATION, alt.Y)
         layers = [
-            base.mark_rule(color=REST, opacity=0.6).encode(x=axis(LOGLIKELIHOOD, alt.X, "_low"), x2="loglikelihood_high:Q", y=y),
-            base.mark_rule(color=REST, opacity=0.6).encode(y=axis(GENERATION, alt.Y, "_low"), y2="generation_high:Q", x=x),
+            base.mark_rule(color=REST, opacity=0.6).encode(
+                x=axis(LOGLIKELIHOOD, alt.X, "_low"), x2="loglikelihood_high:Q", y=y
+            ),
+            base.mark_rule(color=REST, opacity=0.6).encode(
+                y=axis(GENERATION, alt.Y, "_low"), y2="generation_high:Q", x=x
+            ),
             base.mark_circle(size=80, color=LL, opacity=1).encode(x=x, y=y),
         ]
         if at == 0 and len(rows) <= LABELLED:
-            text = alt.Chart().mark_text(align="left", dx=7, dy=-7, color=INK, fontSize=10)
+            text = alt.Chart().mark_text(align="left", dx=7, dy=-7, color=INK)
             layers.append(text.encode(x=x, y=y, text="checkpoint:N"))
         found = cell["rankings"][cell["normalisation"]]
         tau = "" if found["tau"] is None else f", tau {found['tau']:.2f}"
@@ -93,32 +99,52 @@ def slopes(result: dict[str, Any]) -> Figure | None:
             marked = frozenset((labels[i], labels[j])) in reversed_
             pair = " and ".join((labels[i], labels[j]))
             kind = "reversal, resolved in both modes" if marked else "crossing within noise"
-            rows.append({"what": "cross", "pair": pair, "kind": kind, "x": share, "rank": ll[i] + share * (gen[i] - ll[i])})
+            rows.append(
+                {"what": "cross", "pair": pair, "kind": kind, "x": share, "rank": ll[i] + share * (gen[i] - ll[i])}
+            )
     named = len(labels) <= LABELLED
-    axis = alt.Axis(values=[0, 1], labelExpr="datum.value < 0.5 ? 'log-likelihood' : 'generation'", grid=False, orient="top", domain=False, ticks=False)
+    axis = alt.Axis(
+        values=[0, 1],
+        labelExpr="datum.value < 0.5 ? 'log-likelihood' : 'generation'",
+        grid=False,
+        orient="top",
+        domain=False,
+        ticks=False,
+    )
     x = alt.X("x:Q", title=None, scale=alt.Scale(domain=[-0.45, 1.45], nice=False), axis=axis)
-    y = alt.Y("rank:Q", title="rank (1: best)", scale=alt.Scale(domain=[len(labels) + 0.5, 0.5], nice=False), axis=alt.Axis(grid=False, tickMinStep=1, format="d", domain=False))
+    y = alt.Y(
+        "rank:Q",
+        title="rank (1: best)",
+        scale=alt.Scale(domain=[len(labels) + 0.5, 0.5], nice=False),
+        axis=alt.Axis(grid=False, tickMinStep=1, format="d", domain=False),
+    )
     line = alt.Chart().transform_filter("datum.what == 'line'")
     cross = alt.Chart().transform_filter("datum.what == 'cross'")
     kinds = ["reversal, resolved in both modes", "crossing within noise"]
-    mark = alt.Color("kind:N", scale=alt.Scale(domain=kinds, range=[ALARM, REST]), legend=alt.Legend(symbolType="diamond"))
+    mark = alt.Color(
+        "kind:N", scale=alt.Scale(domain=kinds, range=[ALARM, REST]), legend=alt.Legend(symbolType="diamond")
+    )
     strong = alt.condition("datum.kind != 'other'", alt.value(ALARM), alt.value(MUTED))
     told = ["checkpoint:N", "mode:N", "rank:Q", alt.Tooltip("accuracy:Q", format=".1f", title="accuracy (percent)")]
     layers = [
         line.mark_line(strokeWidth=1.8).encode(x=x, y=y, detail="checkpoint:N", color=strong, tooltip=told),
         line.mark_circle(size=60, opacity=1).encode(x=x, y=y, color=strong, tooltip=told),
-        cross.mark_point(shape="diamond", size=70, filled=True, opacity=1).encode(x=x, y=y, color=mark, tooltip=["pair:N", "kind:N"]),
+        cross.mark_point(shape="diamond", size=70, filled=True, opacity=1).encode(
+            x=x, y=y, color=mark, tooltip=["pair:N", "kind:N"]
+        ),
     ]
     for side, align, shift in ((0, "right", -9), (1, "left", 9)):
         shown = line.transform_filter(f"datum.x == {side}" + ("" if named else " && datum.kind != 'other'"))
-        layers.append(shown.mark_text(align=align, dx=shift, color=INK, limit=150).encode(x=x, y=y, text="checkpoint:N"))
+        layers.append(
+            shown.mark_text(align=align, dx=shift, color=INK, limit=150).encode(x=x, y=y, text="checkpoint:N")
+        )
     pairs = cell["pairs"]
     height = max(180, 26 * len(labels))
     return Figure(
         name="slopes",
         title="The two rankings",
-        caption=f"{name}, n = {n:,} items. Of {pairs['all']} pairs {pairs['resolved']} are told apart by both modes and "
-        f"{len(pairs['reversals'])} of those are reversed (paired tests, Holm at 0.05 over all pairs and both modes). "
+        caption=f"{name}, n = {n:,} items. Of {pairs['all']} pairs {pairs['resolved']} are told apart by both "
+        f"modes and {len(pairs['reversals'])} of those are reversed (paired tests, Holm over all pairs and modes). "
         "Ranks have no interval of their own: see tau’s ceiling.",
         panels=(panel(*layers, rows=rows, height=height),),
     )
@@ -161,8 +187,8 @@ def training(result: dict[str, Any]) -> Figure | None:
     return Figure(
         name="training",
         title="Along training",
-        caption=f"n: items that all checkpoints answered; a line a training run; {OF_CHECKPOINTS} (Wilson, or t with CR2 "
-        "where items are clustered). Points of one run are not independent.",
+        caption=f"n: items that all checkpoints answered; a line a training run; {OF_CHECKPOINTS} (Wilson, or t with "
+        "CR2 where items are clustered). Points of one run are not independent.",
         panels=tuple(panels),
     )
 

@@ -1,6 +1,5 @@
-"""`evalkit report`: a comparison, a ranking of checkpoints, or one run -> Markdown with SVG charts, and one HTML file."""
+"""`evalkit report`: a comparison, several checkpoints, or one run -> Markdown with SVG charts, and one HTML file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from evalkit.store import MANIFEST, Run, read_run, write_text
 from reports import export
 from reports.browse import Prompts, prompts_of, run_rows
 from reports.cells import inline, table_of
-from reports.chart_style import Figure, svg
+from reports.chart_style import MODE_NAMES, Figure, svg
 from reports.charts import comparison_figures
 from reports.checkpoints import checkpoints
-from reports.compare import Comparison
 from reports.explain import explain_sections, read_comparison
 from reports.explain import title as comparison_title
 from reports.markdown import compare_sections, sentence
+from reports.markup import plain
 from reports.rank import Ranks
 from reports.rank_charts import rank_figures, run_figures
 from reports.rank_markdown import rank_sections
@@ -76,7 +75,7 @@ def of_comparison(folder: Path, text: bool) -> Report:
     result, items = read_comparison(folder)
     names = (result["teacher"]["name"], result["student"]["name"])
     rows = [line.cells for line in lines(result)]
-    caption = f"{comparison_title(result)}. {sentence(result)}"
+    caption = plain(f"{comparison_title(result)}. {sentence(result)}")
     return Report(
         title=comparison_title(result),
         lead=sentence(result),
@@ -109,10 +108,7 @@ def of_checkpoints(runs: Sequence[Run], text: bool) -> Report:
     labels = [point.label for point in checkpoints(runs)]
     named = dict(zip(labels, runs, strict=True))
     rows = export.rank_rows(result)
-    told = [
-        (row["task"], row["checkpoint"], row["mode"], percent(row["accuracy"]), _bounds(row))
-        for row in rows
-    ]
+    told = [(row["task"], row["checkpoint"], row["mode"], percent(row["accuracy"]), _bounds(row)) for row in rows]
     return Report(
         title=rank_title(result),
         lead=rank_sentence(result),
@@ -128,7 +124,9 @@ def of_checkpoints(runs: Sequence[Run], text: bool) -> Report:
         text=text,
         csv=export.csv_table(rows),
         latex=export.latex_table(("Task", "Checkpoint", "Mode", *ACCURACY), told, rank_sentence(result), left=3),
-        citation=export.citation([run.manifest.model.model_dump() for run in runs], [task["name"] for task in result["tasks"]]),
+        citation=export.citation(
+            [run.manifest.model.model_dump() for run in runs], [task["name"] for task in result["tasks"]]
+        ),
     )
 
 
@@ -142,16 +140,24 @@ def _bounds(row: dict[str, Any]) -> str:
 def of_run(run: Run, text: bool) -> Report:
     summary, who = run_summary(run), "model"
     rows = export.run_rows(summary)
-    told = [(row["task"], str(row["n"]), row["mode"], row["view"], percent(row["accuracy"]), _bounds(row)) for row in rows]
+    told = [
+        (row["task"], str(row["n"]), row["mode"], row["view"], percent(row["accuracy"]), _bounds(row)) for row in rows
+    ]
     headers = ("Task", "n", "Mode", "View", *ACCURACY)
     model = run.manifest.model
-    lead = "; ".join(f"{row['task']} by {row['mode']} {percent(row['accuracy'])} % {_bounds(row)}" for row in rows)
+    lead = "; ".join(
+        f"{inline(row['task'])} by {MODE_NAMES[row['mode']]} {percent(row['accuracy'])} % {_bounds(row)}"
+        for row in rows
+    )
     return Report(
         title=f"Accuracy of {inline(model.name)}",
         lead=f"{lead}.",
         figures=tuple(run_figures(summary)),
         sections=(),
-        tables=(table_of(headers, told), "Accuracy in percent with 95 % Wilson intervals (this checkpoint, new items)."),
+        tables=(
+            table_of(headers, told),
+            "Accuracy in percent with 95 % Wilson intervals (this checkpoint, new items).",
+        ),
         checks=(),
         who=(who,),
         names=(model.name,),
@@ -168,11 +174,21 @@ def of_run(run: Run, text: bool) -> Report:
 def report_markdown(report: Report) -> str:
     """Charts lie beside it, in the folder ``CHARTS``."""
     charts = [
-        f"## {figure.title}\n\n![{figure.title}]({CHARTS}/{figure.name}.svg)\n\n{figure.caption}" for figure in report.figures
+        f"## {figure.title}\n\n![{figure.title}]({CHARTS}/{figure.name}.svg)\n\n{inline(figure.caption)}"
+        for figure in report.figures
     ]
-    strip = [f"* {check.name}: {check.told}{'' if check.fine else ' ⚠'}" for check in report.checks]
+    strip = [f"* {check.name}: {check.told}{' ⚠' if check.fine is False else ''}" for check in report.checks]
     held = ["## How far to believe it", "\n".join(strip)] if strip else []
-    parts = [f"# {report.title}", report.lead, *charts[:1], *held, *report.sections, *charts[1:], "## Tables", *report.tables]
+    parts = [
+        f"# {report.title}",
+        report.lead,
+        *charts[:1],
+        *held,
+        *report.sections,
+        *charts[1:],
+        "## Tables",
+        *report.tables,
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Whether a comparison's figures can be believed: what was read of the replies, ties, truncation, prompts, A/A floor."""
+"""Whether a comparison's figures can be believed: what was read of the replies, ties, truncation, prompts, floor."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD
 from evalkit.stats.intervals import wilson
+from reports.cells import inline
 from reports.gate_output import CALIBRATION
 from reports.table import percent
 
@@ -19,7 +20,8 @@ FILE = "calibration.json"
 class Check:
     name: str
     told: str
-    fine: bool
+    fine: bool | None
+    """None: not known."""
 
 
 def read_calibration(folder: Path) -> dict[str, Any] | None:
@@ -36,9 +38,7 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def checks(
-    result: dict[str, Any], items: Sequence[dict[str, Any]], calibration: dict[str, Any] | None
-) -> list[Check]:
+def checks(result: dict[str, Any], items: Sequence[dict[str, Any]], calibration: dict[str, Any] | None) -> list[Check]:
     """Over all tasks; rates in percent with 95 % Wilson intervals."""
     found = []
     for name, mode, kinds, most in (
@@ -70,11 +70,12 @@ def _floor(calibration: dict[str, Any] | None) -> Check:
     name = "A/A floor"
     if calibration is None:
         told = f"not measured; `evalkit check --calibrate` measures it: put its {FILE} beside compare.json"
-        return Check(name=name, told=told, fine=True)
+        return Check(name=name, told=told, fine=None)
     worst = max(calibration["cells"], key=lambda cell: float(cell["flips"]))
     low, high = (percent(bound) for bound in worst["ci95"])
+    model, where = inline(calibration["model"]["name"]), f"{inline(worst['task'])} by {worst['mode']}"
     told = (
-        f"{calibration['model']['name']} against itself flips at most {percent(worst['flips'])} % [{low}, {high}] of "
-        f"{worst['n']:,} items ({worst['task']} by {worst['mode']})"
+        f"{model} against itself flips at most {percent(worst['flips'])} % [{low}, {high}] of "
+        f"{worst['n']:,} items ({where})"
     )
     return Check(name=name, told=told, fine=float(worst["flips"]) <= 0.01)

@@ -225,7 +225,10 @@
   function listen() {
     let waiting = 0;
     byId("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(filter, 120); });
-    byId("filters").addEventListener("change", filter);
+    byId("filters").addEventListener("change", (event) => {
+      // Leaving the search field is a change of it too; the list must not be made anew under the focus.
+      if (event.target !== byId("search")) filter();
+    });
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
     byId("filters").addEventListener("reset", () => setTimeout(filter));
     byId("previous").addEventListener("click", () => turn(-1));

@@ -106,9 +106,14 @@ def realistic_run(
         checkpoint=checkpoint,
         complete=True,
     )
-    if folder is None:
-        return Run(manifest, records)
-    writer = RunWriter(folder, manifest)
+    made = Run(manifest, records)
+    return made if folder is None else saved(made, folder)
+
+
+def saved(run: Run, folder: Path) -> Run:
+    """``run`` in a folder."""
+    records = [record for task in run.tasks for record in run.records(task).values()]
+    writer = RunWriter(folder, run.manifest)
     for record in records:
         writer.append(record)
     return writer.finish([key_of(record) for record in records])
