@@ -23,7 +23,7 @@ SHOWN = 160
 def read_comparison(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(compare.json, the rows of items.jsonl); ValueError says what is missing and what to run."""
     if (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is one run, no comparison; make one: evalkit compare TEACHER STUDENT --out DIR")
+        raise ValueError(f"{folder} is one run; explain needs a comparison: evalkit compare TEACHER STUDENT --out DIR")
     for name in ("compare.json", "items.jsonl"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no comparison: it has no {name}; run evalkit compare with --out {folder}")
