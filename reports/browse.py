@@ -70,7 +70,7 @@ def _data(
     for row in rows:
         # Few-shot examples are set apart by blank lines and are the same in many prompts: each is kept once.
         asked = [
-            [label, [blocks.setdefault(_cut(part, limit), len(blocks)) for part in prompt.split("\n\n")]]
+            [label, [blocks.setdefault(_middle_out(part, limit), len(blocks)) for part in prompt.split("\n\n")]]
             for label, prompt in (prompts.get((row["task"], row["item"]), ()) if text else ())
         ]
         choices = row["choices"] if text else len(row["choices"])
@@ -97,6 +97,13 @@ def _side(row: Mapping[str, Any], who: str, text: bool, limit: int | None) -> li
 
 def _index(verdict: str | None) -> int:
     return -1 if verdict is None else VERDICTS.index(verdict)
+
+
+def _middle_out(text: str, limit: int | None) -> str:
+    """A passage begins with what it is about and ends with the question."""
+    if limit is None or len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} … {text[len(text) - limit // 2 :]}"
 
 
 def _cut(text: str, limit: int | None, end: bool = False) -> str:

@@ -105,10 +105,11 @@ def panel(*layers: Any, title: str = "", rows: Rows, height: Any = None) -> dict
     return {**spec, "data": {"values": list(rows)}}
 
 
-def in_page(spec: dict[str, Any]) -> dict[str, Any]:
-    """As wide as its place on the page."""
+def in_page(spec: dict[str, Any], figure: Figure) -> dict[str, Any]:
+    """As wide as its place on the page, with the figure's words for whoever can't see it."""
     fit = {"type": "fit-x", "contains": "padding"}
-    return {"$schema": schema(), **spec, "width": "container", "autosize": fit, "config": CONFIG}
+    told = f"{figure.title}. {figure.caption}"
+    return {"$schema": schema(), "description": told, **spec, "width": "container", "autosize": fit, "config": CONFIG}
 
 
 def svg(figure: Figure) -> str:

@@ -75,8 +75,9 @@ def dots(
     if zero:
         layers.insert(0, alt.Chart().mark_rule(color=MUTED, strokeDash=[3, 3]).encode(x=alt.datum(0, axis=ruler)))
     if any("floor" in row for row in rows):
-        tick = alt.Chart().mark_tick(color=INK, thickness=1.5, size=14).encode(x="floor:Q", y=y, yOffset=offset)
-        layers.append(tick.encode(tooltip=[alt.Tooltip("floor:Q", format=".1f")]))
+        once = alt.Chart().transform_filter(alt.datum.series == series[0])
+        tick = once.mark_tick(color=INK, thickness=1.5, size=26)
+        layers.append(tick.encode(x="floor:Q", y=y, tooltip=[alt.Tooltip("floor:Q", format=".1f")]))
     return panel(*layers, title=title, rows=rows, height=len(labels) * (16 + 13 * len(series)))
 
 
@@ -93,7 +94,8 @@ def losses(result: dict[str, Any]) -> Figure:
             label = _label(task, all(task["signal"].values()))
             signal = task["signal"][mode]
             rows.append({"row": label, "series": MODE_NAMES[mode], "signal": signal, **_interval(cell["gap"])})
-        cells.append((_label(task, all(task["signal"].values())), all(task["signal"].values()), task[kind]))
+        gap = task[kind] or (task["protocol_gap"] or {}).get("parts", {}).get("mode")  # a hidden gap in one view
+        cells.append((_label(task, all(task["signal"].values())), all(task["signal"].values()), gap))
     for label, signal, gap in cells:
         if gap:
             between.append({"row": label, "series": "raw points", "signal": signal, **_interval(gap)})
@@ -112,8 +114,8 @@ def losses(result: dict[str, Any]) -> Figure:
     return Figure(
         name="losses",
         title="Loss by log-likelihood and by generation",
-        caption=f"{_sizes(result['tasks'])}; {OVER_ITEMS} (losses: {how}; {name}: t; overall: equal-weight "
-        f"average).{marked}",
+        caption=f"{_sizes(result['tasks'])}; {OVER_ITEMS} (losses: {how}{f'; {name}: t' if between else ''}; "
+        f"overall: equal-weight average).{marked}",
         panels=tuple(panels),
     )
 
@@ -231,7 +233,7 @@ def flips(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> Figure | N
                 "student:N",
                 sort=kinds,
                 title="student",
-                axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False),
+                axis=alt.Axis(orient="top", labelAngle=0 if len(kinds) < 4 else -35, domain=False, ticks=False),
             ),
             y=alt.Y("teacher:N", sort=kinds, title="teacher", axis=alt.Axis(domain=False, ticks=False)),
             tooltip=["teacher:N", "student:N", "items:Q", alt.Tooltip("share:Q", format=".1f", title="percent")],

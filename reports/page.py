@@ -27,7 +27,9 @@ def page(report: Report) -> str:
     scripts = [_inline(library()), _inline((TEMPLATES / "report.js").read_text(encoding="utf-8"))]
     items, limit = packed(report.items, report.who, report.prompts, report.text)
     charts = {
-        f"{figure.name}-{at}": in_page(panel) for figure in report.figures for at, panel in enumerate(figure.panels)
+        f"{figure.name}-{at}": in_page(panel, figure)
+        for figure in report.figures
+        for at, panel in enumerate(figure.panels)
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),

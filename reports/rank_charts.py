@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode
 from reports.chart_style import ALARM, INK, LL, MODE_COLOURS, MODE_NAMES, MUTED, REST, Figure, altair, panel, points
 from reports.charts import dots
+from reports.table import NO_SIGNAL
 
 LABELLED = 12
 """Of more checkpoints than this only the reversed ones are named in the charts."""
@@ -21,11 +22,12 @@ def rank_figures(result: dict[str, Any]) -> list[Figure]:
 
 
 def _cells(result: dict[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
-    """(name, items, ranking): all tasks together, then each of several."""
-    tasks = [(task["name"], task["n"], task) for task in result["tasks"]]
-    used = [task["n"] for task in result["tasks"] if task["name"] in (result["overall"] or {}).get("tasks", ())]
-    whole = [(f"overall ({len(used)} tasks)", sum(used), result["overall"])] if result["overall"] else []
-    return [*whole, *tasks] if len(used) > 1 or not whole else tasks
+    """(name, items, ranking): the tasks with signal together, then each task."""
+    tasks = [(task["name"] + ("" if task["signal"] else f" {NO_SIGNAL}"), task["n"], task) for task in result["tasks"]]
+    if len(tasks) == 1 or not result["overall"]:
+        return tasks
+    used = [task["n"] for task in result["tasks"] if task["name"] in result["overall"]["tasks"]]
+    return [(f"overall ({len(used)} task{'s' if len(used) > 1 else ''})", sum(used), result["overall"]), *tasks]
 
 
 def _accuracy(point: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +124,9 @@ def slopes(result: dict[str, Any]) -> Figure | None:
     cross = alt.Chart().transform_filter("datum.what == 'cross'")
     kinds = ["reversal, resolved in both modes", "crossing within noise"]
     mark = alt.Color(
-        "kind:N", scale=alt.Scale(domain=kinds, range=[ALARM, REST]), legend=alt.Legend(symbolType="diamond")
+        "kind:N",
+        scale=alt.Scale(domain=kinds, range=[ALARM, REST]),
+        legend=alt.Legend(symbolType="diamond", columns=1, labelLimit=240),
     )
     strong = alt.condition("datum.kind != 'other'", alt.value(ALARM), alt.value(MUTED))
     told = ["checkpoint:N", "mode:N", "rank:Q", alt.Tooltip("accuracy:Q", format=".1f", title="accuracy (percent)")]

@@ -21,7 +21,7 @@ from reports.rank_charts import rank_figures, run_figures
 from reports.rank_markdown import rank_sections
 from reports.rank_markdown import sentence as rank_sentence
 from reports.rank_markdown import title as rank_title
-from reports.show import side
+from reports.show import run_behind
 from reports.summary import run_summary
 from reports.table import HEADERS, lines, percent
 from reports.validity import Check, checks, read_calibration
@@ -86,7 +86,7 @@ def of_comparison(folder: Path, text: bool) -> Report:
         who=("teacher", "student"),
         names=names,
         items=tuple(items),
-        prompts=_asked(folder) if text else {},
+        prompts=_asked(folder, result) if text else {},
         folder=str(folder),
         text=text,
         csv=export.csv_table(export.comparison_rows(result)),
@@ -95,12 +95,18 @@ def of_comparison(folder: Path, text: bool) -> Report:
     )
 
 
-def _asked(folder: Path) -> Prompts:
-    """The prompts, from the runs that were compared; none where those are no longer there."""
-    try:
-        return prompts_of({who: side(folder, who) for who in ("teacher", "student")})
-    except ValueError:
-        return {}
+def _asked(folder: Path, result: dict[str, Any]) -> Prompts:
+    """The prompts, from the runs that were compared; none where those are no longer there, or were made anew."""
+    runs = {}
+    for who in ("teacher", "student"):
+        place = run_behind(folder, who, result[who])
+        if place is None:
+            return {}
+        runs[who] = read_run(place)
+        told = runs[who].manifest.settings.model_dump(mode="json")
+        if any(value != told.get(name) for name, value in result["settings"].items() if name != "normalisation"):
+            return {}
+    return prompts_of(runs)
 
 
 def of_checkpoints(runs: Sequence[Run], text: bool) -> Report:

@@ -16,7 +16,7 @@ def disagreements(folder: Path, task: str | None, everything: bool) -> list[dict
     if (folder / MANIFEST).is_file():
         runs = [("", read_run(folder))]
     elif (folder / "compare.json").is_file():
-        runs = [(who, side(folder, who)) for who in ("teacher", "student")]
+        runs = [(who, _side(folder, who)) for who in ("teacher", "student")]
     else:
         raise ValueError(f"{folder} is neither a run (it has no {MANIFEST}) nor a comparison (no compare.json)")
     names = runs[0][1].tasks
@@ -33,16 +33,27 @@ def disagreements(folder: Path, task: str | None, everything: bool) -> list[dict
     return found
 
 
-def side(folder: Path, who: str) -> Run:
-    """The run that a comparison was made of: where it was when compared, or (moved along with it) beside the report."""
+def _side(folder: Path, who: str) -> Run:
+    """The run that a comparison was made of."""
     told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))[who]
-    places = [*([Path(told["run"])] if told["run"] else []), folder / who]
-    for place in places:
+    found = run_behind(folder, who, told)
+    if found is None:
+        places = " or ".join(map(str, _places(folder, who, told)))
+        raise ValueError(f"the {who}'s run is no longer at {places}; show a run's own folder instead")
+    return read_run(found)
+
+
+def run_behind(folder: Path, who: str, told: dict[str, Any]) -> Path | None:
+    """Where the run is that ``told`` (compare.json's teacher or student) names; None: no longer there."""
+    for place in _places(folder, who, told):
         if (place / MANIFEST).is_file() and read_manifest(place).model.fingerprint == told["fingerprint"]:
-            return read_run(place)
-    raise ValueError(
-        f"the {who}'s run is no longer at {' or '.join(map(str, places))}; show a run's own folder instead"
-    )
+            return place
+    return None
+
+
+def _places(folder: Path, who: str, told: dict[str, Any]) -> list[Path]:
+    """Where it was when compared, or (moved along with it) beside the report."""
+    return [*([Path(told["run"])] if told["run"] else []), folder / who]
 
 
 def _item(name: str, item: str, sides: list[tuple[str, Run, ItemRecord | None]]) -> dict[str, Any]:

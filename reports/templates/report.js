@@ -145,7 +145,7 @@
   function show(at) {
     current = at;
     for (const button of byId("list").querySelectorAll("button"))
-      button.toggleAttribute("aria-current", false), Number(button.dataset.at) === at && button.setAttribute("aria-current", "true");
+      button.setAttribute("aria-current", Number(button.dataset.at) === at);
     byId("detail").replaceChildren(...(at < 0 ? [make("p", "No item matches.", "note")] : detail(data.items[at])));
   }
 
@@ -272,6 +272,7 @@
     document.documentElement.dataset.items = "ready";
   }
 
+  addEventListener("beforeprint", () => { byId("tables").open = true; });
   browse().catch((error) => { byId("count").textContent = `The items can't be shown: ${error.message}`; throw error; });
   draw();
 })();

@@ -16,6 +16,7 @@ import pytest
 
 from evalkit import api_reports
 from evalkit.records import GENERATION, LOGLIKELIHOOD, VERDICTS
+from evalkit.settings import Settings
 from evalkit.store import Run
 from reports import browse
 from reports.browse import packed, prompts_of, run_rows
@@ -373,3 +374,42 @@ def test_a_missing_chart_package_is_one_line_with_the_fix(compared: Path, monkey
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(ValueError, match=r"a report needs vl_convert: pip install 'evalkit\[report\]'"):
         read_report([compared])
+
+
+def test_one_mode_alone_and_tasks_without_signal_make_reports(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    right, guessed = rng.random(100) < 0.8, rng.random(100) < 0.25
+    said = [run_of({"a": (right, right), "b": (guessed, guessed)}, name=f"m{k}", fingerprint=f"{k}") for k in (0, 1)]
+    figures = {figure.name: figure for figure in comparison_figures(*told(Comparison(*said)))}
+    faint = {row["row"] for row in figures["losses"].data if not row["signal"]}
+    assert faint == {"b (n = 100) ∅"} and "∅, faint: without signal" in figures["losses"].caption
+    only = [ll_alone(run) for run in said]
+    figures = {figure.name: figure for figure in comparison_figures(*told(Comparison(*only)))}
+    assert set(figures) == {"losses", "accuracy", "flips"} and len(figures["losses"].panels) == 1
+    no_signal = [run_of({"b": (guessed, guessed)}, name=f"m{k}", fingerprint=f"{k}") for k in (0, 1)]
+    assert [figure.name for figure in rank_figures(Ranks(no_signal).result)] == ["scatter", "slopes"]
+    Comparison(*no_signal).save(tmp_path)
+    assert "nothing can be concluded" in page(read_report([tmp_path]))
+
+
+def told(made: Comparison) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    return made.result, list(made.items)
+
+
+def ll_alone(run: Run) -> Run:
+    records = [
+        replace(record, outcomes=record.outcomes[:1]) for task in run.tasks for record in run.records(task).values()
+    ]
+    return Run(run.manifest.model_copy(update={"settings": Settings(modes=(LOGLIKELIHOOD,))}), records)
+
+
+def test_runs_scored_anew_since_are_not_asked_for_prompts(tmp_path: Path) -> None:
+    folder = tmp_path / "compare"
+    Comparison(*two(folder, n=40)).save(folder)
+    assert read_report([folder]).prompts
+    manifest = folder / "student" / "run.json"
+    manifest.write_text(manifest.read_text().replace('"shots": null', '"shots": 3'))
+    assert not read_report([folder]).prompts
+    (folder / "teacher" / "outcomes.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="cut off in the middle"):
+        read_report([folder])
