@@ -35,9 +35,10 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{folder / 'compare.json'} has the schema {schema!r}; this evalkit reads {SCHEMA!r}")
-    if any("recovery" not in task for task in result["tasks"]):
+    cells = [cell for task in result["tasks"] for cell in task.get("modes", {"none": {}}).values()]
+    if any("log_odds" not in cell for cell in cells):
         raise ValueError(f"{folder / 'compare.json'} is of an older evalkit; run the same `evalkit compare` again")
-    held = Counter(row["task"] for row in items)
+    held = Counter(row.get("task") if isinstance(row, dict) else None for row in items)
     for task in result["tasks"]:
         if held[task["name"]] != task["n"]:
             raise ValueError(

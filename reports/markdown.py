@@ -10,7 +10,7 @@ from reports.cells import table_of as _table
 from reports.probe import HEADERS as PROBE_HEADERS
 from reports.probe import probe_rows, probe_sentence
 from reports.table import HEADERS, SHORT, caption, lines, percent, signed
-from reports.why_markdown import why_sections
+from reports.why_markdown import log_odds_appendix, why_sections
 
 
 def compare_markdown(result: dict[str, Any]) -> str:
@@ -37,7 +37,7 @@ def compare_sections(result: dict[str, Any]) -> list[str]:
     ]
     if result["notes"]:
         parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in result["notes"])]
-    return [*parts, "## What was compared", _provenance(result)]
+    return [*parts, "## What was compared", _provenance(result), *log_odds_appendix(result)]
 
 
 def sentence(result: dict[str, Any]) -> str:

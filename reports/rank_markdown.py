@@ -65,6 +65,11 @@ def sentence(result: dict[str, Any]) -> str:
     text += (
         f". Of {pairs['all']} pairs both modes resolve {pairs['resolved']}, and order {pairs['agree']} of them alike."
     )
+    held = result["held_out"]
+    if held and held["tau"] is not None:
+        text += (
+            f" On the {held['items']:,} items that did not decide which tasks carry signal, tau is {held['tau']:.2f}."
+        )
     chosen = overall["chosen"]
     if chosen and chosen["tau_reported"] is not None:
         kind = chosen["normalisation"]
