@@ -104,7 +104,7 @@ def slopes(result: dict[str, Any]) -> Figure | None:
             rows.append(
                 {"what": "cross", "pair": pair, "kind": kind, "x": share, "rank": ll[i] + share * (gen[i] - ll[i])}
             )
-    named = len(labels) <= LABELLED
+    named, room = len(labels) <= LABELLED, alt.expr("width * 0.22")
     axis = alt.Axis(
         values=[0, 1],
         labelExpr="datum.value < 0.5 ? 'log-likelihood' : 'generation'",
@@ -140,7 +140,7 @@ def slopes(result: dict[str, Any]) -> Figure | None:
     for side, align, shift in ((0, "right", -9), (1, "left", 9)):
         shown = line.transform_filter(f"datum.x == {side}" + ("" if named else " && datum.kind != 'other'"))
         layers.append(
-            shown.mark_text(align=align, dx=shift, color=INK, limit=150).encode(x=x, y=y, text="checkpoint:N")
+            shown.mark_text(align=align, dx=shift, color=INK, limit=room).encode(x=x, y=y, text="checkpoint:N")
         )
     pairs = cell["pairs"]
     height = max(180, 26 * len(labels))

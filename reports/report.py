@@ -49,7 +49,6 @@ class Report:
     names: tuple[str, ...]
     items: tuple[dict[str, Any], ...]
     prompts: Prompts
-    folder: str
     text: bool
     """Benchmark text may be shown."""
     csv: str
@@ -82,12 +81,11 @@ def of_comparison(folder: Path, text: bool) -> Report:
         figures=tuple(comparison_figures(result, items)),
         sections=tuple(explain_sections(result, items if text else [], str(folder))),
         tables=tuple(compare_sections(result)),
-        checks=tuple(checks(result, items, read_calibration(folder))),
+        checks=tuple(checks(result, items, read_calibration(folder, result))),
         who=("teacher", "student"),
         names=names,
         items=tuple(items),
         prompts=_asked(folder, result) if text else {},
-        folder=str(folder),
         text=text,
         csv=export.csv_table(export.comparison_rows(result)),
         latex=export.latex_table(HEADERS, rows, caption, left=3),
@@ -126,7 +124,6 @@ def of_checkpoints(runs: Sequence[Run], text: bool) -> Report:
         names=tuple(run.manifest.model.name for run in runs),
         items=tuple(run_rows(named)),
         prompts=prompts_of(named) if text else {},
-        folder=str(runs[0].path),
         text=text,
         csv=export.csv_table(rows),
         latex=export.latex_table(("Task", "Checkpoint", "Mode", *ACCURACY), told, rank_sentence(result), left=3),
@@ -169,7 +166,6 @@ def of_run(run: Run, text: bool) -> Report:
         names=(model.name,),
         items=tuple(run_rows({who: run})),
         prompts=prompts_of({who: run}) if text else {},
-        folder=str(run.path),
         text=text,
         csv=export.csv_table(rows),
         latex=export.latex_table(headers, told, f"Accuracy of {model.name}", left=4),

@@ -24,8 +24,8 @@ class Check:
     """None: not known."""
 
 
-def read_calibration(folder: Path) -> dict[str, Any] | None:
-    """None: it was not measured."""
+def read_calibration(folder: Path, result: dict[str, Any]) -> dict[str, Any] | None:
+    """None: it was not measured. ValueError: it is damaged, or of neither model."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -35,6 +35,8 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged ({error}); run `evalkit check --calibrate` again") from error
     if found.get("schema") != CALIBRATION:
         raise ValueError(f"{path} has the schema {found.get('schema')!r}; this evalkit reads {CALIBRATION!r}")
+    if found["model"]["fingerprint"] not in (result["teacher"]["fingerprint"], result["student"]["fingerprint"]):
+        raise ValueError(f"{path} is of {found['model']['name']!r}, which was not compared here; remove it")
     return found
 
 

@@ -293,6 +293,10 @@ def test_a_calibration_beside_the_comparison_gives_the_floor(compared: Path, tmp
     (folder / "calibration.json").write_text(json.dumps(calibration(run, run)))
     told = {check.name: check for check in read_report([folder]).checks}["A/A floor"]
     assert told.fine and "flips at most 0.0 % [0.0, 7.1] of 50 items" in told.told
+    other = realistic_run(TASKS, 50, name="third", skill=(0.5, 0.5), seed=1)
+    (folder / "calibration.json").write_text(json.dumps(calibration(other, other)))
+    with pytest.raises(ValueError, match="is of 'third', which was not compared here"):
+        read_report([folder])
     (folder / "calibration.json").write_text("{}")
     with pytest.raises(ValueError, match=r"calibration.json has the schema None"):
         read_report([folder])
