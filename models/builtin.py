@@ -1,4 +1,4 @@
-"""Models that need no hub: read from packages of the registry, and cached once in a plain form."""
+"""Models that need no hub: read from packages of the registry and cached once in a plain form, or our own deltas."""
 
 import importlib.metadata
 import json
@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,32 @@ def _smollm2_tokenizer(read: Any) -> PreTrainedTokenizerFast:
     )
 
 
-BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2_135m}
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "distill" / "checkpoints"
+"""Models that we distilled, as delta checkpoints: files beside the distiller, which is not imported."""
+
+
+def shipped(name: str) -> Path:
+    """The folder of one of our own delta checkpoints; its teacher is a built-in model too."""
+    folder = CHECKPOINTS / name
+    if not (folder / "delta.json").is_file():
+        raise ValueError(
+            f"the built-in model {name!r} is a delta checkpoint that this installation lacks: there is no "
+            f"{folder / 'delta.json'}; reinstall evalkit, or train it (see {CHECKPOINTS.parent / 'README.md'})"
+        )
+    return folder
+
+
+def place_of(name: str) -> Path:
+    """The folder that ``name`` means if it is one of ours or the user's own; it need not exist."""
+    return CHECKPOINTS / name if name in BUILTIN else Path(name).expanduser()
+
+
+BUILTIN: dict[str, Callable[[], Path]] = {
+    "smollm2-135m": smollm2_135m,
+    # Fine-tuned on our data mix, and the Hybrid-KDA student that was distilled from that.
+    "smollm2-135m-sft": partial(shipped, "smollm2-135m-sft"),
+    "smollm2-135m-kda": partial(shipped, "smollm2-135m-kda"),
+}
 
 
 def _installed(name: str) -> bool:

@@ -107,6 +107,20 @@ def convert(
     return student.to(teacher.device).eval()
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """``model`` with its parameters in ``dtype``, in place, as from_pretrained(dtype=...) loads it.
+
+    model.to(dtype) would take along what must stay float32: the parameters that the class names (KDA's decay gates and
+    norm, without which its kernels refuse) and RoPE's frequencies, which are no parameters.
+    """
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not set(name.split(".")) & set(kept):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
 def set_half_lives(kda: Any, heads: Sequence[HalfLives]) -> None:
     """Give each head's channels their half-lives, through dt_bias; A_log becomes 0.
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
-from models.builtin import BUILTIN
+from models.builtin import BUILTIN, place_of
 from models.folders import would_destroy, written_whole
 from models.load import (
     DELTA_FILE,
@@ -185,7 +185,7 @@ def _check_target(folder: Path, teacher: str) -> None:
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / NOTE_FILE).is_file()):
         raise ValueError(f"{folder} exists and holds no earlier student (it has no {NOTE_FILE}): give another folder")
-    if would_destroy(folder, teacher):
+    if would_destroy(folder, str(place_of(teacher))):
         raise ValueError(f"{folder} is the teacher's own folder, or holds it: give another one")
 
 
@@ -326,8 +326,8 @@ def _teacher_place(folder: Path, recorded: str) -> str:
 def _check_chain(folder: Path, teacher: str) -> None:
     """ValueError where a delta's teacher is, through other deltas or directly, the delta itself."""
     seen = {folder.resolve()}
-    while teacher not in BUILTIN and is_delta(teacher):
-        place = Path(teacher).resolve()
+    while is_delta(place_of(teacher)):
+        place = place_of(teacher).resolve()
         if place in seen:
             raise ValueError(
                 f"the delta {folder} has itself as its teacher ({teacher}): name the real one, teacher=..."

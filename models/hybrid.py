@@ -142,8 +142,9 @@ class HybridKDAModel(HybridKDAPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """As the teacher's forward; ``cache`` and ``past_key_values`` are one thing under two names.
 
-        Packed documents, told by ``cu_seqlens`` [documents + 1] (a batch of one) or by positions that begin anew where
-        neither mask nor cache is given, see nothing of each other; no cache is made of them.
+        Packed documents, told by ``cu_seqlens`` [documents + 1] (places in the batch read as one long row; every row
+        begins a document) or by positions that begin anew where neither mask nor cache is given, see nothing of each
+        other; no cache is made of them. Beside ``cu_seqlens`` a mask a kind of layer may be given, as `generate` does.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids and inputs_embeds: expected exactly one of them")
@@ -152,7 +153,8 @@ class HybridKDAModel(HybridKDAPreTrainedModel):
         cache = past_key_values if cache is None else cache
         position_ids, packed = _unpack(inputs_embeds, attention_mask, position_ids, cache, cu_seqlens)
         if packed is not None:
-            use_cache, attention_mask = False, None
+            use_cache = False
+            attention_mask = attention_mask if isinstance(attention_mask, dict) else None
         if not self.config.kept_layers:
             if cache is not None:
                 raise ValueError(
@@ -283,12 +285,14 @@ def _unpack(
 ) -> tuple[Tensor | None, Packed | None]:
     """(position_ids, where the documents of a packed input lie, None if it isn't packed); x is [B, T, hidden]."""
     if cu_seqlens is not None:
-        if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
+        plain = attention_mask is not None and not isinstance(attention_mask, dict)
+        if plain and not bool(torch.as_tensor(attention_mask).all()):
             raise ValueError("attention_mask has padding: expected none beside cu_seqlens, which packs without any")
         if cache is not None:
             raise ValueError("a cache was given beside cu_seqlens: packed documents can't go on from one")
         starts = _document_starts(cu_seqlens, *x.shape[:2])
-        if position_ids is not None and (found := _boundaries(position_ids, 1)) != starts:
+        # A batch of rows comes from a packer, which knows; comparing would make the GPU wait.
+        if x.shape[0] == 1 and position_ids is not None and (found := _boundaries(position_ids, 1)) != starts:
             raise ValueError(
                 f"position_ids begin anew at {found[:-1]}: expected the starts of cu_seqlens {starts[:-1]}"
             )
@@ -303,22 +307,23 @@ def _unpack(
         return position_ids, None
     begins = torch.tensor(starts)
     position = torch.arange(starts[-1]) - begins[:-1].repeat_interleave(begins.diff())
-    packed = Packed(begins, position[None].to(x.device))
-    return packed.position if position_ids is None else position_ids, packed
+    packed = Packed(begins, position[None].to(x.device, non_blocking=True))
+    return packed.position.view(x.shape[:2]) if position_ids is None else position_ids, packed
 
 
 def _document_starts(cu_seqlens: Tensor, B: int, T: int) -> list[int]:
-    if B != 1:
-        raise ValueError(f"input_ids has a batch of {B}: packed documents (cu_seqlens) come in a batch of one")
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "
             f"expected [documents + 1] integers"
         )
     starts: list[int] = cu_seqlens.tolist()
-    if len(starts) < 2 or starts[0] != 0 or starts[-1] != T or starts != sorted(starts):
-        raise ValueError(f"cu_seqlens is {starts}: expected to begin with 0, never to fall, and to end at {T}")
-    return sorted(set(starts))
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != B * T or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens is {starts}: expected to begin with 0, never to fall, and to end at {B * T}")
+    unique = sorted(set(starts))
+    if absent := set(range(0, B * T, max(T, 1))) - set(unique):
+        raise ValueError(f"cu_seqlens has no document that begins at {min(absent)}, where a row of {T} tokens does")
+    return unique
 
 
 def _boundaries(position_ids: Tensor, B: int) -> list[int]:

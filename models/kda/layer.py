@@ -118,6 +118,16 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
         o = self._recur(q, k, v, g, beta, memory, goes_on, packed)
         return self.o_proj(self._norm(o, x))
 
+    def queries_keys(
+        self, x: Tensor, packed: Packed | None = None, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """q [B, T, H, K] and k [B, T, HK, K] of x [B, T, hidden], as the recurrence takes them (before its L2 norm)."""
+        streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        q, k = (s.unflatten(-1, (-1, self.head_dim)) for s in self._convolve(streams, None, packed)[:2])
+        if self.config.kda_rope and position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        return q, k
+
     def _convolve(self, streams: list[Tensor], memory: Any, packed: Packed | None) -> list[Tensor]:
         """Each of q, k, v [B, T, channels]; the cache holds their last inputs as one [B, all channels, taps - 1]."""
         weights = [self.q_conv, self.k_conv, self.v_conv]

@@ -140,7 +140,8 @@ def test_later_tokens_change_no_bit_of_earlier_outputs() -> None:
         ),
         ({"cu_seqlens": [0, 5, 4, 9]}, "cu_seqlens is .* never to fall"),
         ({"cu_seqlens": [[0, 9]]}, r"cu_seqlens has shape \(1, 2\) .*: expected \[documents \+ 1\] integers"),
-        ({"cu_seqlens": [0, 5, 9], "rows": 2}, "batch of 2: packed documents .* come in a batch of one"),
+        ({"cu_seqlens": [0, 5, 9], "rows": 2}, "cu_seqlens is .* and to end at 18"),
+        ({"cu_seqlens": [0, 5, 18], "rows": 2}, "cu_seqlens has no document that begins at 9, where a row of 9 tokens"),
         ({"cu_seqlens": [0, 5, 9], "attention_mask": [[0, 1, 1, 1, 1, 1, 1, 1, 1]]}, "attention_mask has padding"),
         (
             {"cu_seqlens": [0, 5, 9], "position_ids": [[0, 1, 2, 3, 0, 1, 2, 3, 4]]},

@@ -1,0 +1,410 @@
+"""A recipe run from teacher to student: the student is made, every stage trained, each end kept as a model folder.
+
+    OUT/recipe.json      the recipe, whole           OUT/metrics.jsonl   a line a step
+    OUT/state/           where a run goes on         OUT/checkpoints/STAGE-TOKENS/   ordinary model folders
+    OUT/selection.json   layers chosen by kl-restore OUT/delta/          the student that ships, where the recipe asks
+
+Everything is written whole or not at all, so a run that is killed at any moment goes on with `--resume`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.groups import check_frozen, freeze, frozen_hashes, mixer_layers
+from distill.guard import Guardian
+from distill.objectives import Objective, place
+from distill.optimiser import Masters
+from distill.packing import Stream, share
+from distill.parallel import Processes
+from distill.plan import peak_flops, stage_plan
+from distill.recipe import differences, sha256
+from distill.select import keep_layers_of, kl_restore, restore
+from distill.stage import Recipe, Source, Stage
+from distill.student import add_lora, lora_factors, make_student, plain_model
+from distill.train import Hooks, Metrics, Position, Stop, Stopped, train
+from evalkit.store import write_json
+from models.builtin import cache_dir
+from models.delta import save_delta
+from models.folders import written_whole
+from models.load import NOTE_FILE, Loaded
+from models.text import batches as text_batches
+
+STATE, RECIPE, METRICS, SELECTION, CHECKPOINTS, DELTA = (
+    *("state", "recipe.json", "metrics.jsonl", "selection.json", "checkpoints", "delta"),
+)
+PROBE_ROWS = 8
+"""Rows of the fixed batch on which each stage's loss is measured before and after."""
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class Run:
+    """What a run holds while it goes on."""
+
+    recipe: Recipe
+    out: Path
+    teacher: Loaded
+    student: Any
+    processes: Processes
+    device: torch.device
+    data_dir: Path | None
+    stop: Stop
+    metrics: Metrics
+    guardian: Guardian
+    report: Report
+    position: Position = field(default_factory=Position)
+    kept: tuple[int, ...] | None = None
+    """kl-restore's choice."""
+    probes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Stage -> its loss on the fixed batch, before and after."""
+    frozen: dict[str, str] = field(default_factory=dict)
+    """Hashes of what the stage must not change."""
+
+    @property
+    def mixers(self) -> tuple[int, ...]:
+        return tuple(sorted(mixer_layers(self.student)))
+
+
+def distill(
+    recipe: Recipe,
+    out: Path,
+    teacher: Loaded,
+    *,
+    resume: bool = False,
+    stage: str | None = None,
+    data_dir: Path | None = None,
+    stop: Stop | None = None,
+    processes: Processes | None = None,
+    board: Any = None,
+    save_seconds: float = 300.0,
+    report: Report | None = None,
+) -> Path:
+    """Run ``recipe`` into ``out``; the folder of the last checkpoint.
+
+    stage: this one alone, after those before it. ValueError: ``out`` holds a run and ``resume`` is off, or another
+    recipe's; a teacher that doesn't fit; data that can't be read. `Stopped`: on request, everything saved.
+    """
+    processes = processes or Processes()
+    check_teacher(teacher)
+    state = _open(recipe, out, resume)
+    _check_stage(recipe, state, stage)
+    device = next(teacher.model.parameters()).device
+    teacher.model.requires_grad_(False)
+    metrics = Metrics(out / METRICS if processes.first else None, board)
+    guardian = Guardian(recipe.guard, teacher.tokenizer, data_dir)
+    say = report or (lambda row: None)
+    try:
+        kept = None if state is None else state["kept"]
+        select = keep_layers_of(recipe.student.keep) is not None and kept is None
+        student = make_student(teacher, recipe, keep=() if select else kept, lora=not select)
+        run = Run(
+            *(recipe, out, teacher, student, processes, device, data_dir, stop or Stop(), metrics, guardian, say),
+        )
+        if state is not None:
+            _load(run, state)
+        else:
+            metrics.cut(0)
+            if select:
+                _select(run)
+            _save(run, None)
+        wanted = [one.name for one in recipe.stages] if stage is None else [stage]
+        folder = last_checkpoint(out)
+        while run.position.stage < len(recipe.stages) and recipe.stages[run.position.stage].name in wanted:
+            folder = _stage(run, recipe.stages[run.position.stage], save_seconds)
+        assert folder is not None
+        if run.position.stage == len(recipe.stages) and recipe.ship is not None and processes.first:
+            ship(run)
+        processes.wait()
+        return folder
+    finally:
+        metrics.close()
+
+
+def check_teacher(teacher: Loaded) -> None:
+    """ValueError where the tokenizer speaks of tokens that the model hasn't got."""
+    rows, known = teacher.model.get_input_embeddings().weight.shape[0], len(teacher.tokenizer)
+    if known > rows:
+        raise ValueError(
+            f"the tokenizer of {teacher.name} knows {known} tokens, its model has embeddings for {rows}: "
+            f"they don't belong together; save the model's own tokenizer in its folder"
+        )
+    if teacher.tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {teacher.name} has no eos_token, which ends documents: set one")
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest of ``out``'s checkpoints, by tokens."""
+    found = [folder for folder in (out / CHECKPOINTS).glob("*-*") if (folder / NOTE_FILE).is_file()]
+    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
+    """Train one stage to its end, prove that nothing frozen moved, keep the student."""
+    recipe, position = run.recipe, run.position
+    trained = freeze(run.student, stage.train, run.mixers)
+    objective = Objective(stage, None if stage.loss == "ce" else run.teacher.model, run.student, run.mixers)
+    stream = _stream(run, stage, recipe.data[stage.data], recipe.seed + 1000 * position.stage)
+    masters = Masters(trained, stage, run.mixers)
+    state = _read(run.out) if position.step else None
+    if state is not None:
+        masters.load_state_dict(state["masters"])
+    else:
+        run.frozen = frozen_hashes(run.student, trained)
+        run.probes[stage.name] = {"before": _probe(run, stage, objective)}
+    cost = stage_plan(stage, run.teacher.model, run.student, recipe, run.processes.world)
+    peak = peak_flops(run.device)
+    run.metrics.full_speed = None if peak is None else peak * run.processes.world / cost.flops_a_token
+    run.report({"stage": stage.name, "step": position.step, "steps": stage.steps, "begin": True})
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    hooks = Hooks(
+        save=lambda _, masters: _save(run, masters),
+        guard=lambda where: _guard(run, stage, where),
+        report=run.report,
+    )
+    run.position = train(
+        *(stage, objective, masters, stream, position),
+        device=run.device,
+        processes=run.processes,
+        stop=run.stop,
+        metrics=run.metrics,
+        hooks=hooks,
+        guard_every=recipe.guard.every if run.guardian.wanted else 0,
+        save_seconds=save_seconds,
+    )
+    del masters
+    check_frozen(run.frozen, frozen_hashes(run.student, trained))
+    run.probes[stage.name]["after"] = _probe(run, stage, objective)
+    where = {"stage": stage.name, "tokens": run.position.stage_tokens, "total_tokens": run.position.total_tokens}
+    told = {**where, "end": True, "probe": run.probes[stage.name], "left_out": dict(stream.left_out)}
+    if run.device.type == "cuda":
+        told["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(run.device) / 2**30, 2)
+    run.metrics.write(told)
+    run.report(told)
+    if run.guardian.wanted:
+        _guard(run, stage, run.position)
+    folder = _checkpoint(run, stage)
+    run.position = Position(stage=run.position.stage + 1, total_tokens=run.position.total_tokens)
+    _save(run, None)
+    return folder
+
+
+def _stream(run: Run, stage: Stage, mixture: Sequence[Source], seed: int) -> Stream:
+    config = run.teacher.model.config
+    return Stream(
+        mixture,
+        run.teacher.tokenizer,
+        seq_len=stage.seq_len,
+        rows=stage.batch,
+        mask=stage.mask,
+        prompt_weight=stage.prompt_weight,
+        seed=seed,
+        data_dir=run.data_dir,
+        window=getattr(config, "max_position_embeddings", 2**31),
+        exclude=run.guardian.questions,
+        cache=cache_dir() / "tokens",
+    )
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _probe(run: Run, stage: Stage, objective: Objective) -> float:
+    """The stage's loss a target token on one fixed batch, which another seed than the training's draws."""
+    stream = _stream(run, stage, run.recipe.data[stage.data], run.recipe.seed + 999_983)
+    batch = stream.next()
+    rows = min(len(batch.tokens), PROBE_ROWS)
+    total = weights = 0.0
+    for row in range(rows):
+        one = share(batch, slice(row, row + 1))
+        total += float(objective(place(one, run.device)))
+        weights += float(one.weights.sum())
+    return total / max(weights, 1e-9)
+
+
+def _guard(run: Run, stage: Stage, position: Position) -> None:
+    """Accuracy by generation on train items that nothing is trained on; a sign of life, never a reported figure."""
+    if run.processes.first:
+        found = run.guardian.evaluate(run.student)
+        row = {"stage": stage.name, "tokens": position.stage_tokens, "total_tokens": position.total_tokens}
+        run.metrics.write({**row, "guard": found})
+        run.report({**row, "guard": found})
+    run.processes.wait()
+
+
+def _select(run: Run) -> None:
+    """kl-restore: align mixers in all layers, see which layer's attention is missed most, keep those."""
+    recipe = run.recipe
+    number = keep_layers_of(recipe.student.keep)
+    assert number is not None
+    if recipe.student.select_tokens:
+        like = next((one for one in recipe.stages if one.loss == "align-block"), recipe.stages[0])
+        stage = Stage(
+            name="select",
+            loss="align-block",
+            train=("mixer",),
+            tokens=recipe.student.select_tokens,
+            **like.model_dump(include={"data", "seq_len", "batch", "micro_batch", "lr", "schedule", "warmup"}),
+        )
+        stream = _stream(run, stage, recipe.data[stage.data], recipe.seed + 500)
+        objective = Objective(stage, run.teacher.model, run.student, run.mixers)
+        masters = Masters(freeze(run.student, stage.train, run.mixers), stage, run.mixers)
+        try:
+            train(
+                *(stage, objective, masters, stream, Position()),
+                device=run.device,
+                processes=run.processes,
+                stop=run.stop,
+                metrics=run.metrics,
+                hooks=Hooks(report=run.report),
+                save_seconds=float("inf"),
+            )
+        except Stopped as stopped:  # too short to be resumed in the middle
+            raise Stopped(f"{stopped}; the selection begins anew with --resume", stopped.exit_code) from None
+    text = text_batches(run.teacher.tokenizer).probe
+    run.kept, table = kl_restore(run.teacher, run.student, text, number)
+    if run.processes.first:
+        write_json(run.out / SELECTION, {"kept": list(run.kept), "layers": table})
+    run.student = restore(run.student, run.teacher, run.kept)
+    if recipe.student.lora is not None:
+        add_lora(run.student, recipe.student.lora, recipe.seed)
+
+
+# --- on disk -----------------------------------------------------------------------------------------------------
+
+
+def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The state to go on from, None for a new run; ValueError where ``out`` and the request don't agree."""
+    told = out / RECIPE
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give another --out, which becomes the run's folder")
+    if told.is_file():
+        before = json.loads(told.read_text(encoding="utf-8"))
+        found = differences(before, recipe.model_dump(mode="json"))
+        if not resume:
+            raise ValueError(f"{out} holds a run of the recipe {before.get('name')!r}: add --resume, or give another --out")
+        if found:
+            raise ValueError(
+                f"{out} holds a run of another recipe; it differs in {'; '.join(found)}. Repeat its recipe, or give "
+                f"another --out"
+            )
+        return _read(out) if (out / STATE).is_dir() else None
+    if resume:
+        raise ValueError(f"{out} holds no run that could go on (it has no {RECIPE}): leave --resume out")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds something else than a run: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(told, recipe.model_dump(mode="json"))
+    return None
+
+
+def _check_stage(recipe: Recipe, state: Mapping[str, Any] | None, stage: str | None) -> None:
+    if stage is None:
+        return
+    names = [one.name for one in recipe.stages]
+    if stage not in names:
+        raise ValueError(f"stage {stage!r} is not in the recipe: expected one of {', '.join(names)}")
+    done = 0 if state is None else state["position"]["stage"]
+    if names.index(stage) < done:
+        raise ValueError(f"stage {stage!r} is done already; the next one is {(*names, 'none')[done]}")
+    if names.index(stage) > done:
+        raise ValueError(f"stage {stage!r} needs {names[done]} first: leave --stage out, or name that one")
+
+
+def _read(out: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(out / STATE / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and torch each raise types of their own
+        raise ValueError(
+            f"{out / STATE} can't be read ({' '.join(str(error).split())[:200]}): the run can't go on; "
+            f"its checkpoints are whole, so begin a new one from them"
+        ) from error
+    assert isinstance(state, dict)
+    return state
+
+
+def _load(run: Run, state: Mapping[str, Any]) -> None:
+    run.kept = None if state["kept"] is None else tuple(state["kept"])
+    run.student.load_state_dict(state["student"])
+    run.position = Position(**state["position"])
+    run.probes, run.frozen = state["probes"], state["frozen"]
+    run.metrics.cut(state["metrics"])
+
+
+def _save(run: Run, masters: Masters | None) -> None:
+    """``masters``: None between two stages."""
+    if not run.processes.first:
+        return
+    state = {
+        "kept": None if run.kept is None else list(run.kept),
+        "student": run.student.state_dict(),
+        "position": asdict(run.position),
+        "probes": run.probes,
+        "frozen": run.frozen,
+        "metrics": run.metrics.size(),
+        "masters": None if masters is None else masters.state_dict(),
+    }
+    with written_whole(run.out / STATE) as new:
+        torch.save(state, new / "state.pt")
+
+
+def _checkpoint(run: Run, stage: Stage) -> Path:
+    folder = run.out / CHECKPOINTS / f"{stage.name}-{run.position.total_tokens}"
+    if run.processes.first:
+        model = plain_model(run.student)
+        with written_whole(folder) as new:
+            model.save_pretrained(new)
+            run.teacher.tokenizer.save_pretrained(new)
+            note = json.dumps(note_of(run, stage.name), indent=2)
+            (new / NOTE_FILE).write_text(note + "\n", encoding="utf-8")
+    return folder
+
+
+def note_of(run: Run, stage: str) -> dict[str, Any]:
+    """evalkit.json of a checkpoint: how it was made. Ranking and ablation read nothing else."""
+    recipe = run.recipe
+    how = {"kda": "KDA", "softmax": "fresh softmax attention", "same": "no replacement"}[recipe.student.mixer]
+    layers = ", ".join(map(str, run.mixers)) or "none"
+    return {
+        "note": f"{run.teacher.name} distilled by the recipe {recipe.name} up to {stage}, "
+        f"{run.position.total_tokens:,} tokens; {how} in layers {layers}",
+        "recipe": recipe.name,
+        "recipe_sha256": sha256(recipe),
+        "stage": stage,
+        "tokens": run.position.total_tokens,
+        "seed": recipe.seed,
+        "axes": dict(recipe.axes),
+        "teacher": run.teacher.name,
+        "teacher_fingerprint": run.teacher.identity,
+        "probe": run.probes,
+        "made": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def ship(run: Run) -> Path:
+    """The student as a delta of its teacher, in OUT/delta."""
+    assert run.recipe.ship is not None
+    folder = run.out / DELTA
+    save_delta(
+        plain_model(run.student),
+        run.teacher,
+        folder,
+        encoding=run.recipe.ship.encoding,
+        factors=lora_factors(run.student, run.teacher.model),
+        note=note_of(run, run.recipe.stages[-1].name),
+        file_bytes=int(run.recipe.ship.file_mib * 2**20),
+    )
+    return folder
+
+
+def tensorboard_writer(out: Path) -> Any:
+    """A writer of curves in OUT/tensorboard; ValueError where TensorBoard isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
+    return SummaryWriter(str(out / "tensorboard"))
