@@ -171,7 +171,7 @@
 
   function choices(item, sides) {
     const named = Array.isArray(item[4]) ? item[4] : Array.from({ length: item[4] }, (_, k) => `choice ${k + 1}`);
-    const head = make("tr", "", "", make("th", "Choice"), ...data.who.map((who) => make("th", `log-prob., ${who}`, "number")));
+    const head = make("tr", "", "", make("th", "Choice"), ...data.who.map((who) => make("th", who, "number")));
     const body = named.map((text, k) => {
       const cells = sides.map((one) => {
         const known = one[LOGPROBS][k];
@@ -180,7 +180,7 @@
       return make("tr", "", k === item[3] ? "gold" : "", make("td", text + (k === item[3] ? "  (right)" : "")), ...cells);
     });
     const table = make("table", "", "", make("thead", "", "", head), make("tbody", "", "", ...body));
-    const scroll = make("div", "", "scroll", table, make("p", "Sums of log-probabilities in nats; ▸: picked, after normalisation.", "note"));
+    const scroll = make("div", "", "scroll", table, make("p", "Log-probability of each choice: the sum over its tokens, in nats. ▸: picked, after normalisation.", "note"));
     scroll.tabIndex = 0;
     return scroll;
   }
