@@ -163,3 +163,19 @@ def bridge(
             for name, both in paired.items()
         ],
     }
+
+
+def report(
+    folders: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    formats: Sequence[str] = ("md", "html"),
+    *,
+    text: bool = True,
+) -> list[Path]:
+    """Write report.md with its charts and report.html into ``out``; the files made.
+
+    folders: one comparison, one run, or the runs of several checkpoints. ``text`` False: no benchmark text is written.
+    """
+    from reports.report import read_report, save_report
+
+    return save_report(read_report([Path(one) for one in folders], text), Path(out), formats)

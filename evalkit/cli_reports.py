@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -137,6 +137,9 @@ def audit(
     number: Annotated[int, typer.Option("-n", min=1, help="Replies to draw.")] = 200,
     seed: Annotated[int, typer.Option(help="Another seed draws other replies.")] = 0,
     labels: Annotated[Path | None, typer.Option(help="Folder of a sheet that holds labels now.")] = None,
+    form: Annotated[
+        Literal["csv", "jsonl"], typer.Option("--format", help="Of the sheet: audit.csv, audit.jsonl.")
+    ] = "csv",
     out: OutDir = Path("audit"),
     json_output: Json = False,
 ) -> None:
@@ -144,7 +147,7 @@ def audit(
     what was read from them; --labels reads them back. A label is an option's letter, 'other', or 'none'.
     """
     from evalkit.store import write_json, write_text
-    from reports.audit import KEY, RESULT, SHEET, audit_markdown, draw, read_labels, save_sheet, score
+    from reports.audit import KEY, RESULT, audit_markdown, draw, read_labels, save_sheet, score
 
     if labels is not None:
         if runs:
@@ -157,11 +160,11 @@ def audit(
     if not runs or len(runs) != 2:
         raise ValueError(f"audit needs two runs, the teacher's and the student's, and got {len(runs or ())}")
     rows, key = draw(api.load_run(runs[0]), api.load_run(runs[1]), number, seed)
-    save_sheet(out, rows, key)
+    sheet = save_sheet(out, rows, key, form)
     if json_output:
         print(json.dumps({"drawn": len(rows), "strata": key["strata"]}, indent=2))
     else:
-        console.print(f"{len(rows)} replies in {out / SHEET}. Label them without looking at {KEY}, then:")
+        console.print(f"{len(rows)} replies in {sheet}. Label them without looking at {KEY}, then:")
         console.print(f"evalkit audit --labels {out}")
 
 
@@ -205,3 +208,27 @@ def bridge(
     write_json(out / "bridge.json", result)
     write_text(out / "bridge.md", bridge_markdown(result))
     print(json.dumps(result, indent=2)) if json_output else console.print(bridge_markdown(result))
+
+
+@app.command(
+    epilog="Examples: `evalkit report compare` · `evalkit report runs/step-1000 runs/step-2000 --out report` · "
+    "`evalkit report compare --format html --no-text`"
+)
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="A comparison, a run, or the runs of several checkpoints.")],
+    formats: Annotated[str, typer.Option("--format", help="md, html, or both, with a comma.")] = "md,html",
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="No prompts, choices or replies: nothing to leak.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder.", show_default="the one given, or report for several")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write report.md with SVG charts and report.html, one file that opens offline: charts, tables, every item."""
+    where = out or (folders[0] if len(folders) == 1 else Path("report"))
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    made = api_reports.report(folders, where, wanted, text=not no_text)
+    print(json.dumps({"files": [str(path) for path in made]})) if json_output else console.print(
+        f"Report: {' · '.join(map(str, made))}", soft_wrap=True
+    )

@@ -1,1 +1,1 @@
-"""Reports: scored runs -> comparison, tables, Markdown."""
+"""Reports: scored runs -> comparison, ranking, verdict; tables, charts, Markdown, HTML."""

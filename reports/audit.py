@@ -8,7 +8,7 @@ nothing; which model said it and what was read from it stays in the key. `score`
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from evalkit.records import GENERATION, VERDICTS, ItemRecord, Outcome, Verdict
 from evalkit.selection import digest
 from evalkit.stats.intervals import Interval
 from evalkit.stats.stratified import Stratum, shifted, stratified_rate
-from evalkit.store import Run, write_json, write_text
+from evalkit.store import Run, write_json, write_lines, write_text
 from evalkit.views import labels
 from reports.cells import inline, table_of
 from reports.compare import Comparison
 from reports.table import percent, signed
 
 SCHEMA = "evalkit.audit/1"
-SHEET, KEY, RESULT = "audit.csv", "audit.key.json", "audit.json"
+SHEETS = {"csv": "audit.csv", "jsonl": "audit.jsonl"}
+"""The sheet to label, for a spreadsheet or for a script."""
+KEY, RESULT = "audit.key.json", "audit.json"
 COLUMNS = ("id", "question", "options", "reply", "label")
 OTHER, NONE = "other", "none"
 """Labels beside an option's letter: another answer than any option; no answer, or more than one."""
@@ -126,18 +128,23 @@ def _row(reply: Reply, seed: int) -> dict[str, str]:
     }
 
 
-def save_sheet(folder: Path, rows: Sequence[dict[str, str]], key: dict[str, Any]) -> None:
-    """Write audit.csv and audit.key.json; a sheet that is there may hold somebody's labels and is never written "
-    "over."""
-    for name in (SHEET, KEY):
+def save_sheet(folder: Path, rows: Sequence[dict[str, str]], key: dict[str, Any], form: str = "csv") -> Path:
+    """Write the sheet, which is returned, and audit.key.json; a sheet that is there may hold somebody's labels and is
+    never written over."""
+    for name in (*SHEETS.values(), KEY):
         if (folder / name).exists():
             raise ValueError(f"{folder / name} exists and may hold labels; give another --out, or remove it")
+    write_json(folder / KEY, key)
+    sheet = folder / SHEETS[form]
+    if form == "jsonl":
+        write_lines(sheet, rows)
+        return sheet
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    write_json(folder / KEY, key)
-    write_text(folder / SHEET, text.getvalue())
+    write_text(sheet, text.getvalue())
+    return sheet
 
 
 def _cell(text: str) -> str:
@@ -147,11 +154,14 @@ def _cell(text: str) -> str:
 
 def read_labels(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """(id -> label, the key); ValueError names file, line and what is wrong. Rows without a label are left out."""
-    for name in (SHEET, KEY):
-        if not (folder / name).exists():
+    sheets = [folder / name for name in SHEETS.values() if (folder / name).exists()]
+    for name, there in ((SHEETS["csv"], bool(sheets)), (KEY, (folder / KEY).exists())):
+        if not there:
             raise ValueError(
                 f"{folder} has no {name}; draw a sample first: evalkit audit TEACHER STUDENT --out {folder}"
             )
+    if len(sheets) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(SHEETS.values())}; remove the one without labels")
     try:
         key = json.loads((folder / KEY).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -160,24 +170,40 @@ def read_labels(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         raise ValueError(f"{folder / KEY} is not an audit's key with the schema {SCHEMA!r}")
     found: dict[str, str] = {}
     seen: set[str] = set()
-    with open(folder / SHEET, encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have added the mark
+    for where, row in _sheet_rows(sheets[0]):
+        told = key["replies"].get(row["id"])
+        if told is None:
+            raise ValueError(f"{where}: id {row['id']!r} is not in {KEY}; was it changed?")
+        if row["id"] in seen:
+            raise ValueError(f"{where}: id {row['id']!r} stands there twice")
+        seen.add(row["id"])
+        label = str(row["label"] or "").strip()
+        if label:
+            found[row["id"]] = _label(label, told["options"], where)
+    if not found:
+        raise ValueError(f"{sheets[0]} holds no label yet; write an option's letter, 'other' or 'none' in 'label'")
+    return found, key
+
+
+def _sheet_rows(sheet: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, the row with its id and its label)."""
+    with open(sheet, encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have added the mark
+        if sheet.name == SHEETS["jsonl"]:
+            for number, line in enumerate(file, 1):
+                where = f"{sheet}, line {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: no JSON ({error})") from error
+                if not isinstance(row, dict) or not isinstance(row.get("id"), str) or "label" not in row:
+                    raise ValueError(f"{where}: needs the fields 'id' and 'label'")
+                yield where, row
+            return
         reader = csv.DictReader(file)
         if not {"id", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{folder / SHEET} needs the columns 'id' and 'label'; it has {reader.fieldnames}")
+            raise ValueError(f"{sheet} needs the columns 'id' and 'label'; it has {reader.fieldnames}")
         for row in reader:
-            where = f"{folder / SHEET}, line {reader.line_num}"
-            told = key["replies"].get(row["id"])
-            if told is None:
-                raise ValueError(f"{where}: id {row['id']!r} is not in {KEY}; was it changed?")
-            if row["id"] in seen:
-                raise ValueError(f"{where}: id {row['id']!r} stands there twice")
-            seen.add(row["id"])
-            label = (row["label"] or "").strip()
-            if label:
-                found[row["id"]] = _label(label, told["options"], where)
-    if not found:
-        raise ValueError(f"{folder / SHEET} holds no label yet; write an option's letter, 'other' or 'none' in 'label'")
-    return found, key
+            yield f"{sheet}, line {reader.line_num}", row
 
 
 def _label(label: str, options: int, where: str) -> str:

@@ -1,14 +1,14 @@
 """Two runs -> one comparison, for the notebook, the commands and the reports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evalkit.records import LOGLIKELIHOOD, MODES, ItemRecord, Mode
+from evalkit.records import LOGLIKELIHOOD, MODES, ItemRecord, Mode, TaskEntry
 from evalkit.stats.intervals import Interval
 from evalkit.store import Run, write_json, write_lines, write_text
 from reports.figures import held_out, model_result, notes, overall, task_result
-from reports.pairing import Gaps, Paired, check_settings, discordant, formula_gaps_of, gaps_of, pair, rights_of, view_of
+from reports.pairing import Gaps, Paired, check_settings, discordant, formula_gaps_of, gaps_of, pair, rights_of
 from reports.why import adjust
 
 SCHEMA = "evalkit.compare/1"
@@ -135,18 +135,24 @@ class Comparison:
 
 
 def _item_row(name: str, teacher: ItemRecord, student: ItemRecord, paired: Paired) -> dict[str, Any]:
+    row = item_row(name, {"teacher": teacher, "student": student}, paired.teacher_entry)
+    return {**row, "same_prompt": teacher.prompt_sha256 == student.prompt_sha256}
+
+
+def item_row(name: str, records: Mapping[str, ItemRecord], entry: TaskEntry) -> dict[str, Any]:
+    """One item as every model of ``records`` (who -> record) took it, in each mode's primary view."""
+    first = next(iter(records.values()))
     row: dict[str, Any] = {
         "task": name,
-        "item": teacher.item,
-        "stratum": teacher.stratum,
-        "cluster": teacher.cluster,
-        "gold": teacher.gold,
-        "choices": list(teacher.choices),
-        "same_prompt": teacher.prompt_sha256 == student.prompt_sha256,
+        "item": first.item,
+        "stratum": first.stratum,
+        "cluster": first.cluster,
+        "gold": first.gold,
+        "choices": list(first.choices),
     }
-    for who, record in (("teacher", teacher), ("student", student)):
+    for who, record in records.items():
         for mode in MODES:
-            outcome = record.outcome(mode, view_of(paired, mode))
+            outcome = record.outcome(mode, entry.view(mode))
             if outcome is None:
                 continue
             row[f"{who}_{mode}"] = outcome.outcome

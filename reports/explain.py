@@ -1,6 +1,7 @@
 """`evalkit explain`: one page in plain sentences on a comparison. Every claim stands with its interval."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from reports.cells import inline
 from reports.compare import SCHEMA
 from reports.markdown import sentence
 from reports.table import percent, signed, unread
+from reports.why import plain
 
 NAMES = {"loglikelihood": "log-likelihood", "generation": "generation"}
 SHOWN = 160
@@ -26,24 +28,47 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no comparison: it has no {name}; run evalkit compare with --out {folder}")
     try:
-        result = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-        items = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        result = _read((folder / "compare.json").read_text(encoding="utf-8"))
+        items = [_read(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
         raise ValueError(f"{folder} is damaged ({error}); run the same `evalkit compare` command again") from error
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{folder / 'compare.json'} has the schema {schema!r}; this evalkit reads {SCHEMA!r}")
-    if any("recovery" not in task for task in result["tasks"]):
+    cells = [cell for task in result["tasks"] for cell in task.get("modes", {"none": {}}).values()]
+    if any("log_odds" not in cell for cell in cells):
         raise ValueError(f"{folder / 'compare.json'} is of an older evalkit; run the same `evalkit compare` again")
+    held = Counter(row.get("task") if isinstance(row, dict) else None for row in items)
+    for task in result["tasks"]:
+        if held[task["name"]] != task["n"]:
+            raise ValueError(
+                f"{folder / 'items.jsonl'} holds {held[task['name']]} items of {task['name']!r}, but compare.json says "
+                f"{task['n']}; run the same `evalkit compare` command again"
+            )
     return result, items
+
+
+def _read(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds the number {constant}")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def explain(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str) -> str:
     """The page, as Markdown that reads as plain text too; ``folder`` goes into the next command."""
+    verdict = _section("Verdict", [sentence(result)])
+    return "\n\n".join([f"# {title(result)}", *verdict, *explain_sections(result, items, folder)]) + "\n"
+
+
+def title(result: dict[str, Any]) -> str:
     teacher, student = (inline(result[who]["name"]) for who in ("teacher", "student"))
-    parts = [
-        f"# What {student} lost of {teacher}",
-        *_section("Verdict", [sentence(result)]),
+    return f"What {student} lost of {teacher}"
+
+
+def explain_sections(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str) -> list[str]:
+    """What follows the verdict; without ``items`` there are no examples."""
+    return [
         *_section("In figures", _figures(result)),
         *_section("Why", _why(result, items)),
         *_section("Where", _where(result)),
@@ -52,7 +77,6 @@ def explain(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str
         *_section("Where this comes from", _provenance(result)),
         *_section("Next", _next(result, folder)),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:
@@ -86,20 +110,11 @@ def _figures(result: dict[str, Any]) -> list[str]:
 
 
 def _why(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> list[str]:
-    tasks = [task for task in _used(result) if task["flows"]]
     lines = []
-    if tasks:
-        nets = []
-        for kind in (row["outcome"] for row in tasks[0]["flows"]):
-            rows = [row for task in tasks for row in task["flows"] if row["outcome"] == kind]
-            nets.append((kind, macro([_interval(row) for row in rows])))
-        nets.sort(key=lambda pair: -abs(pair[1].mean))
-        for kind, net in nets[:3]:
-            if net.mean:
-                cell = {"mean": net.mean, "ci95": [net.low, net.high]}
-                lines.append(
-                    f"Of the loss by generation, {signed(cell)} points are right answers that became {kind} (net)."
-                )
+    nets = sorted(overall_flows(result), key=lambda pair: -abs(float(pair[1]["mean"])))
+    for kind, net in nets[:3]:
+        if net["mean"]:
+            lines.append(f"Of the loss by generation, {signed(net)} points are right answers that became {kind} (net).")
     for task in _used(result):
         mass = (task["modes"].get("loglikelihood") or {}).get("mass") or {}
         for who, cell in mass.items():
@@ -110,6 +125,16 @@ def _why(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> list[str]:
                     f"{who}'s probability is on the choices at all, so ranking them tells little of what it says."
                 )
     return lines + [_example(row) for row in examples(items)]
+
+
+def overall_flows(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Net flows averaged over the tasks with signal, each with its interval; they add up to the overall loss."""
+    tasks = [task for task in _used(result) if task["flows"]]
+    kinds = [row["outcome"] for row in tasks[0]["flows"]] if tasks else []
+    parts = {
+        kind: [_interval(row) for task in tasks for row in task["flows"] if row["outcome"] == kind] for kind in kinds
+    }
+    return [(kind, plain(macro(rows))) for kind, rows in parts.items()]
 
 
 def _interval(row: dict[str, Any]) -> Interval:

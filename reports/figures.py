@@ -21,7 +21,7 @@ from evalkit.records import (
 from evalkit.scoring import decide
 from evalkit.stats.floors import accuracy, deciding, generation_floors, has_signal, loglikelihood_floors
 from evalkit.stats.intervals import Interval, macro, mean_t, wilson
-from evalkit.stats.units import penalty, verdict
+from evalkit.stats.units import log_odds, penalty, verdict
 from evalkit.store import Run
 from reports.pairing import Gaps, Paired, formulas_of, gaps_of, hidden_steps, outcomes_of, rights_of, view_of
 from reports.why import answers, divergence, flows, loss_test, modes_agree, plain, recovered, step_test
@@ -50,6 +50,7 @@ def task_result(name: str, paired: Paired, gaps: Gaps, formula: Gaps, rules: str
             "teacher": teacher,
             "student": student,
             "gap": plain(gaps.gaps[mode]),
+            "log_odds": plain(log_odds(teacher["accuracy"], student["accuracy"], gaps.gaps[mode])),
             "formula": {**_formula_means(paired, mode), "gap": plain(formula.gaps[mode])},
             **loss_test(paired, mode),
             **answers(paired, mode),

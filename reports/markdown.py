@@ -10,14 +10,20 @@ from reports.cells import table_of as _table
 from reports.probe import HEADERS as PROBE_HEADERS
 from reports.probe import probe_rows, probe_sentence
 from reports.table import HEADERS, SHORT, caption, lines, percent, signed
-from reports.why_markdown import why_sections
+from reports.why_markdown import log_odds_appendix, why_sections
 
 
 def compare_markdown(result: dict[str, Any]) -> str:
-    teacher, student = result["teacher"], result["student"]
+    return "\n\n".join([f"# {title(result)}", sentence(result), *compare_sections(result)]) + "\n"
+
+
+def title(result: dict[str, Any]) -> str:
+    return f"{_inline(result['teacher']['name'])} against {_inline(result['student']['name'])}"
+
+
+def compare_sections(result: dict[str, Any]) -> list[str]:
+    """Every table, the main one first."""
     parts = [
-        f"# {_inline(teacher['name'])} against {_inline(student['name'])}",
-        sentence(result),
         _main_table(result),
         caption(result),
         *why_sections(result),
@@ -31,8 +37,7 @@ def compare_markdown(result: dict[str, Any]) -> str:
     ]
     if result["notes"]:
         parts += ["## Notes", "\n".join(f"* {_inline(note)}" for note in result["notes"])]
-    parts += ["## What was compared", _provenance(result)]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## What was compared", _provenance(result), *log_odds_appendix(result)]
 
 
 def sentence(result: dict[str, Any]) -> str:

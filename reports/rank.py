@@ -10,7 +10,7 @@ from scipy import stats
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD
 from evalkit.stats.clustered import mean_error, sums
-from evalkit.stats.floors import accuracy
+from evalkit.stats.floors import accuracy, deciding_clusters
 from evalkit.stats.intervals import Interval, macro
 from evalkit.stats.paired_tests import holm, mcnemar, sign_flip
 from evalkit.stats.ranks import macro_measure, measure, noise_ceiling, ranking, tau_within
@@ -62,6 +62,7 @@ class Ranks:
                 for name, task in found.items()
             ],
             "overall": {"tasks": [task.entry.name for task in used], **_ranked(used, points)} if used else None,
+            "held_out": _held_out(used),
             "notes": _notes(found, only, runs),
         }
 
@@ -74,6 +75,17 @@ class Ranks:
         """Write rank.json and rank.md, each whole or not at all."""
         write_json(folder / "rank.json", self.result)
         write_text(folder / "rank.md", self.to_markdown())
+
+
+def _held_out(tasks: Sequence[Scores]) -> dict[str, Any] | None:
+    """How far the rankings agree on the items that did not decide which tasks carry signal; None where there are none
+    in one of the tasks, or no task."""
+    keeps = [~np.array(deciding_clusters(task.entry.name, task.clusters)) for task in tasks]
+    if not tasks or not all(keep.any() for keep in keeps):
+        return None
+    rest = [part(task, keep) for task, keep in zip(tasks, keeps, strict=True)]
+    found = ranking(_means([task.primary for task in rest]), _means([task.generation for task in rest]))
+    return {"items": sum(len(task.items) for task in rest), "tau": found.tau, "spearman": found.spearman}
 
 
 def _independent(points: Sequence[Checkpoint]) -> bool:

@@ -14,9 +14,16 @@ HEADERS = ("Task", "Normalisation", "Tau", "Ceiling", "Spearman", "p", "Within b
 
 
 def rank_markdown(result: dict[str, Any]) -> str:
+    return "\n\n".join([f"# {title(result)}", sentence(result), *rank_sections(result)]) + "\n"
+
+
+def title(result: dict[str, Any]) -> str:
+    return f"Ranking of {len(result['checkpoints'])} checkpoints"
+
+
+def rank_sections(result: dict[str, Any]) -> list[str]:
+    """Every table, the rankings first."""
     parts = [
-        f"# Ranking of {len(result['checkpoints'])} checkpoints",
-        sentence(result),
         table_of(HEADERS, rows(result), left=2),
         NOTE,
         "## Accuracy",
@@ -27,7 +34,7 @@ def rank_markdown(result: dict[str, Any]) -> str:
     ]
     if result["notes"]:
         parts += ["## Notes", "\n".join(f"* {inline(note)}" for note in result["notes"])]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 NOTE = (
@@ -58,6 +65,11 @@ def sentence(result: dict[str, Any]) -> str:
     text += (
         f". Of {pairs['all']} pairs both modes resolve {pairs['resolved']}, and order {pairs['agree']} of them alike."
     )
+    held = result["held_out"]
+    if held and held["tau"] is not None:
+        text += (
+            f" On the {held['items']:,} items that did not decide which tasks carry signal, tau is {held['tau']:.2f}."
+        )
     chosen = overall["chosen"]
     if chosen and chosen["tau_reported"] is not None:
         kind = chosen["normalisation"]

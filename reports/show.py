@@ -34,15 +34,26 @@ def disagreements(folder: Path, task: str | None, everything: bool) -> list[dict
 
 
 def _side(folder: Path, who: str) -> Run:
-    """The run that a comparison was made of: where it was when compared, or (moved along with it) beside the report."""
+    """The run that a comparison was made of."""
     told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))[who]
-    places = [*([Path(told["run"])] if told["run"] else []), folder / who]
-    for place in places:
+    found = run_behind(folder, who, told)
+    if found is None:
+        places = " or ".join(map(str, _places(folder, who, told)))
+        raise ValueError(f"the {who}'s run is no longer at {places}; show a run's own folder instead")
+    return read_run(found)
+
+
+def run_behind(folder: Path, who: str, told: dict[str, Any]) -> Path | None:
+    """Where the run is that ``told`` (compare.json's teacher or student) names; None: no longer there."""
+    for place in _places(folder, who, told):
         if (place / MANIFEST).is_file() and read_manifest(place).model.fingerprint == told["fingerprint"]:
-            return read_run(place)
-    raise ValueError(
-        f"the {who}'s run is no longer at {' or '.join(map(str, places))}; show a run's own folder instead"
-    )
+            return place
+    return None
+
+
+def _places(folder: Path, who: str, told: dict[str, Any]) -> list[Path]:
+    """Where it was when compared, or (moved along with it) beside the report."""
+    return [*([Path(told["run"])] if told["run"] else []), folder / who]
 
 
 def _item(name: str, item: str, sides: list[tuple[str, Run, ItemRecord | None]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from evalkit.stats.intervals import Interval, mean_t, wilson
 from evalkit.stats.mass import masses
 from evalkit.stats.paired_tests import holm, mcnemar, sign_flip
 from evalkit.stats.power import detectable_loss, detectable_mean, items_for_loss, items_for_mean
-from evalkit.stats.recovery import recovery
+from evalkit.stats.recovery import recovery, recovery_bootstrap
 from reports.pairing import Paired, discordant, formulas_of, losses, outcomes_of, rights_of, view_of
 
 FAMILIES = ("loss by loglikelihood", "loss by generation", "hidden gap")
@@ -97,12 +97,15 @@ def recovered(paired: Paired) -> dict[str, Any] | None:
         scores = formulas_of(paired, mode)
         if not scores:
             continue
-        kept = recovery([t for t, _ in scores], [s for _, s in scores], paired.clusters)
+        sides = [t for t, _ in scores], [s for _, s in scores]
+        kept = recovery(*sides, paired.clusters)
         if kept is None:
             return None
         rights = rights_of(paired, mode)
         raw = sum(s for _, s in rights) / max(1, sum(t for t, _ in rights))
+        again = recovery_bootstrap(*sides, paired.clusters)
         found[mode] = {**plain(kept), "raw": raw, "keeps_90": kept.low >= 0.9}
+        found[mode]["bootstrap_ci95"] = None if again is None else list(again)
     return found
 
 
@@ -190,12 +193,17 @@ def _mass(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 
 
 def divergence(paired: Paired) -> dict[str, Any] | None:
-    """How soon the replies part: the share that are equal, and the median characters in common of the others."""
+    """How soon the replies part: the share that are equal; of the others the median characters in common, and the
+    median place (from 0) of the first word that differs. Words stand for tokens: runs keep the text of a reply, and two
+    models need not share a tokenizer."""
     pairs = [(t.reply, s.reply) for t, s in outcomes_of(paired, GENERATION)]
     if not pairs:
         return None
-    common = [len(os.path.commonprefix(pair)) for pair in pairs if pair[0] != pair[1]]
+    other = [pair for pair in pairs if pair[0] != pair[1]]
+    common = [len(os.path.commonprefix(pair)) for pair in other]
+    words = [len(os.path.commonprefix([reply.split() for reply in pair])) for pair in other]
     return {
         "same": 1 - len(common) / len(pairs),
         "characters": float(statistics.median(common)) if common else None,
+        "words": float(statistics.median(words)) if words else None,
     }

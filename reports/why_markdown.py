@@ -7,7 +7,14 @@ from reports.table import SHORT, percent, signed
 
 
 def why_sections(result: dict[str, Any]) -> list[str]:
-    return [*_tests(result), *_formula(result), *_flows(result), *_answers(result), *_permutations(result)]
+    return [
+        *_tests(result),
+        *_formula(result),
+        *_flows(result),
+        *_answers(result),
+        *_divergence(result),
+        *_permutations(result),
+    ]
 
 
 def p_value(p: float | None) -> str:
@@ -64,6 +71,7 @@ def _formula(result: dict[str, Any]) -> list[str]:
             formula = cell["formula"]
             keeps = "–" if kept is None else f"{percent(kept['mean'])} [{_bounds(kept)}]"
             published = "–" if kept is None else percent(kept["raw"])
+            again = (kept or {}).get("bootstrap_ci95")
             rows.append(
                 (
                     task["name"],
@@ -72,16 +80,31 @@ def _formula(result: dict[str, Any]) -> list[str]:
                     signed(formula["student"]),
                     signed(formula["gap"]),
                     keeps + (" ≥ 90" if kept and kept["keeps_90"] else ""),
+                    "–" if again is None else f"[{', '.join(percent(bound) for bound in again)}]",
                     published,
                 )
             )
     note = (
         "In hundredths of a formula score: 100 is all right, 0 what guessing gives. Kept: the student's score in "
         "percent of the teacher's [95 % Fieller interval], where the teacher's is above 0 in every mode; ≥ 90 where "
-        "the lower bound says so. Raw S/T: the accuracies' ratio, for comparison with published figures."
+        "the lower bound says so. Bootstrap: the same interval by a cluster bootstrap, from 40 clusters on. Raw "
+        "S/T: the accuracies' ratio, for comparison with published figures."
     )
-    headers = ("Task", "Mode", "Teacher", "Student", "Gap", "Kept", "Raw S/T")
+    headers = ("Task", "Mode", "Teacher", "Student", "Gap", "Kept", "Bootstrap", "Raw S/T")
     return ["## Formula scores", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def log_odds_appendix(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        for mode, cell in task["modes"].items():
+            low, high = cell["log_odds"]["ci95"]
+            rows.append((task["name"], SHORT[mode], f"{cell['log_odds']['mean']:+.2f} [{low:+.2f}, {high:+.2f}]"))
+    note = (
+        "The teacher's log-odds of a right answer minus the student's [95 % interval, the gap's carried over]: a third "
+        "unit, in which a loss near 100 % or 0 % weighs more. Exploratory; no verdict rests on it."
+    )
+    return ["## Appendix: loss in log-odds", table_of(("Task", "Mode", "Loss"), rows, left=2) + f"\n\n{note}"]
 
 
 def _bounds(cell: dict[str, Any]) -> str:
@@ -130,6 +153,23 @@ def _answers(result: dict[str, Any]) -> list[str]:
     )
     headers = ("Task", "Model", "Right by LL only", "Right by GEN only", "Kappa", "Mass on the choices")
     return ["## How the modes agree", table_of(headers, rows, left=2) + f"\n\n{note}"]
+
+
+def _divergence(result: dict[str, Any]) -> list[str]:
+    rows = []
+    for task in result["tasks"]:
+        cell = task["divergence"]
+        if cell:
+            places = ("–" if cell[name] is None else f"{cell[name]:.0f}" for name in ("words", "characters"))
+            rows.append((task["name"], str(task["n"]), percent(cell["same"]), *places))
+    if not rows:
+        return []
+    note = (
+        "Percent of items with the same reply from both models; of the others the median number of words, and of "
+        "characters, before the first that differs. Descriptive, no interval."
+    )
+    headers = ("Task", "n", "Same reply", "Words in common", "Characters in common")
+    return ["## Where the replies part", table_of(headers, rows) + f"\n\n{note}"]
 
 
 def _permutations(result: dict[str, Any]) -> list[str]:

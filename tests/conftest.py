@@ -3,8 +3,11 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,8 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {part for part in os.environ.get("EVALKIT_REQUIRE", "").split(",") if part}
-"""Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, triton, fla."""
+"""Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, altair,
+chromium, triton, fla."""
 
 
 def missing(part: str, why: str) -> None:
@@ -58,6 +62,28 @@ def lm_eval() -> None:
     """lm-evaluation-harness, the oracle of log-likelihood scores."""
     if importlib.util.find_spec("lm_eval") is None:
         missing("lm_eval", "lm-eval is not installed: pip install 'evalkit[lm-eval]'")
+
+
+@pytest.fixture(scope="session")
+def altair() -> None:
+    """Vega-Altair and vl-convert, which draw the reports' charts."""
+    for package in ("altair", "vl_convert"):
+        if importlib.util.find_spec(package) is None:
+            missing("altair", f"{package} is not installed: pip install 'evalkit[report]'")
+
+
+@pytest.fixture(scope="module")
+def browser(altair: None) -> Iterator[Any]:
+    """Debian's chromium without a window. It goes with the module: playwright's event loop must not outlive it."""
+    chromium = shutil.which("chromium")
+    if chromium is None or importlib.util.find_spec("playwright") is None:
+        missing("chromium", "chromium or playwright is not there: apt-get install chromium; pip install 'evalkit[dev]'")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # tests may run as root
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

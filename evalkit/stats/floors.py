@@ -56,9 +56,15 @@ def deciding(records: Sequence[ItemRecord]) -> list[bool]:
     A cell that is kept because its teacher happened to score high looks worse for the student than it is; deciding on
     a part of the items, whatever they score, keeps most of that out. All decide where a half would be under 20 items.
     """
-    half = [digest("signal", record.task, record.cluster or record.item) % 2 == 0 for record in records]
+    task = records[0].task if records else ""
+    return deciding_clusters(task, [record.cluster or record.item for record in records])
+
+
+def deciding_clusters(task: str, clusters: Sequence[str]) -> list[bool]:
+    """The same of items whose clusters are known, item by item."""
+    half = [digest("signal", task, cluster) % 2 == 0 for cluster in clusters]
     if min(sum(half), len(half) - sum(half)) < FEWEST_DECIDING:
-        return [True] * len(records)
+        return [True] * len(clusters)
     return half
 
 

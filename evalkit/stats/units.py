@@ -4,6 +4,7 @@ A formula score u is 1 for a right answer and -p / (1 - p) for a wrong one, wher
 options -1 / (C - 1), so that a guesser's mean is 0. No answer, or two, is 0: it was no guess.
 """
 
+import math
 from typing import Literal
 
 from evalkit.records import LOGLIKELIHOOD, ItemRecord, Outcome
@@ -38,6 +39,22 @@ def formula_score(record: ItemRecord, outcome: Outcome, listed: bool) -> float:
         right = sum(record.choices[i] == gold for i in outcome.tied) / len(outcome.tied)
         return right - (1 - right) * penalty(record)
     return 0.0
+
+
+def log_odds(teacher: float, student: float, gap: Interval) -> Interval:
+    """logit(teacher) - logit(student) of two accuracies, with the interval of their ``gap`` carried over: each bound is
+    the loss that it means about the mean accuracy. It excludes 0 exactly where the gap's does.
+
+    Accuracies are kept half an item away from 0 and 1, where the log-odds have no end.
+    """
+    edge, middle = 0.5 / gap.n, (teacher + student) / 2
+
+    def loss(difference: float) -> float:
+        ends = (middle + difference / 2, middle - difference / 2)
+        one, other = (min(max(end, edge), 1 - edge) for end in ends)
+        return math.log(one / (1 - one)) - math.log(other / (1 - other))
+
+    return Interval(mean=loss(teacher - student), low=loss(gap.low), high=loss(gap.high), n=gap.n)
 
 
 def verdict(raw: Interval, formula: Interval) -> Verdict:

@@ -156,3 +156,30 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(runs: Path, tmp_path: Pat
 @pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"], ["audit"], ["explain"]])
 def test_each_command_shows_an_example(command: list[str]) -> None:
     assert "Example" in in_process(*command, "--help").stdout
+
+
+@pytest.mark.usefixtures("altair")
+def test_report_of_a_comparison_of_a_run_and_of_two(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "compare"
+    assert in_process("compare", runs / "one", runs / "two", "--out", folder).returncode == 0
+    done = in_process("report", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"Report: {folder / 'report.md'} · {folder / 'report.html'}"
+    explained = in_process("explain", folder).stdout
+    verdict = explained.split("## Verdict")[1].split("##")[0].strip().removeprefix("* ")
+    assert " ".join(verdict.split()) in (folder / "report.md").read_text(), "opens with the sentence of explain"
+    one = in_process("report", runs / "one", "--format", "html", "--no-text", "--out", tmp_path / "o", "--json")
+    assert json.loads(one.stdout) == {"files": [str(tmp_path / "o" / "report.html")]}
+    both = in_process("report", runs / "one", runs / "two", "--format", "md", "--out", tmp_path / "two")
+    assert both.returncode == 0 and (tmp_path / "two" / "report-charts" / "scatter.svg").exists()
+
+
+@pytest.mark.usefixtures("altair")
+def test_report_of_what_is_no_run_is_one_line(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "one", tmp_path / "cut")
+    outcomes = tmp_path / "cut" / "outcomes.jsonl"
+    outcomes.write_bytes(outcomes.read_bytes()[:-9])
+    for wrong, told in ((tmp_path, "no compare.json"), (tmp_path / "cut", "cut off in the middle")):
+        done = evalkit("report", wrong, "--out", tmp_path / "report")
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert told in done.stderr and not (tmp_path / "report").exists()

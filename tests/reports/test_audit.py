@@ -1,6 +1,7 @@
 """The audit: what is drawn tells nothing, what is labelled comes back as error and corrected gap."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,6 @@ def test_the_same_seed_draws_the_same_and_small_strata_give_all() -> None:
 
 def label(folder: Path, wrong: set[str] = frozenset(), blank: int = 0) -> None:  # type: ignore[assignment]
     """Write what extraction found as the label; ``wrong``: strata in which the person reads the opposite."""
-    import json
-
     key = json.loads((folder / "audit.key.json").read_text())
     with open(folder / "audit.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -106,6 +105,31 @@ def test_a_reply_that_looks_like_a_formula_is_shown(tmp_path: Path) -> None:
     save_sheet(tmp_path, rows, key)
     with open(tmp_path / "audit.csv", newline="") as file:
         assert next(csv.DictReader(file))["reply"] == '\'=HYPERLINK("x")'
+
+
+def test_a_sheet_of_json_lines_is_scored_like_one_of_a_spreadsheet(tmp_path: Path) -> None:
+    results = []
+    for form in ("csv", "jsonl"):
+        folder = tmp_path / form
+        sheet = save_sheet(folder, *draw(*sides(), 40), form)
+        assert sheet.name == f"audit.{form}"
+        if form == "csv":
+            label(folder)
+        else:
+            labels, _ = read_labels(tmp_path / "csv")
+            rows = [json.loads(line) for line in sheet.read_text().splitlines()]
+            sheet.write_text("".join(json.dumps({**row, "label": labels[row["id"]]}) + "\n" for row in rows))
+        results.append(score(*read_labels(folder)))
+    assert results[0] == results[1]
+    sheet.write_text(sheet.read_text() + "{\n")
+    with pytest.raises(ValueError, match=r"audit.jsonl, line 41: no JSON"):
+        read_labels(tmp_path / "jsonl")
+    sheet.write_text('{"id": "x"}\n')
+    with pytest.raises(ValueError, match=r"line 1: needs the fields 'id' and 'label'"):
+        read_labels(tmp_path / "jsonl")
+    (tmp_path / "jsonl" / "audit.csv").write_text("id,label\n")
+    with pytest.raises(ValueError, match="remove the one without labels"):
+        read_labels(tmp_path / "jsonl")
 
 
 def test_a_sheet_is_never_written_over(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD
+from evalkit.stats.floors import deciding_clusters
 from evalkit.store import Run
 from reports.rank import Ranks
 from reports.rank_markdown import rank_markdown, rank_table, sentence
@@ -55,6 +56,21 @@ def test_six_independent_checkpoints_have_a_p_and_six_of_one_training_run_do_not
     assert not other["independent"] and other["overall"]["rankings"]["raw"]["p"] is None
     assert one["overall"]["rankings"]["raw"]["within_budget"] == {"tau": pytest.approx(1.0), "pairs": 15}
     assert other["overall"]["rankings"]["raw"]["within_budget"] == {"tau": None, "pairs": 0}
+
+
+def test_tau_is_told_on_the_items_that_did_not_decide_on_signal() -> None:
+    """The modes agree on the items that decide and disagree on the others."""
+    decides = np.array(deciding_clusters("t", [f"{i:05d}" for i in range(N)]))
+    base = np.random.default_rng(0).random(N)
+    runs = []
+    for k, share in enumerate((0.5, 0.65, 0.8, 0.95)):
+        by_gen = np.where(decides, base < share, base < 1.45 - share)
+        runs.append(run_of({"t": ((base < share).tolist(), by_gen.tolist())}, name=f"m{k}", fingerprint=str(k)))
+    result = Ranks(runs).result
+    assert result["held_out"] == {"items": int((~decides).sum()), "tau": -1.0, "spearman": pytest.approx(-1.0)}
+    assert "that did not decide which tasks carry signal, tau is -1.00" in sentence(result)
+    few = Ranks([run(0.5, 0.6, n=30), run(0.8, 0.9, n=30, name="b", fingerprint="b")]).result
+    assert few["held_out"] is None, "with so few all items decide"
 
 
 def test_accuracy_along_training_is_told_in_order_of_tokens() -> None:

@@ -167,9 +167,10 @@ def test_replies_part_where_they_first_differ() -> None:
     def say(text: str):  # type: ignore[no-untyped-def]
         return lambda record: replace(record, outcomes=tuple(replace(o, reply=text) for o in record.outcomes))
 
-    assert Comparison(one, other).result["tasks"][0]["divergence"] == {"same": 1.0, "characters": None}
+    assert Comparison(one, other).result["tasks"][0]["divergence"] == {"same": 1.0, "characters": None, "words": None}
     made = Comparison(changed(one, say("It is Paris.")), changed(other, say("It is Rome.")))
-    assert made.result["tasks"][0]["divergence"] == {"same": 0.0, "characters": 6.0}
+    assert made.result["tasks"][0]["divergence"] == {"same": 0.0, "characters": 6.0, "words": 2.0}
+    assert "| t | 4 | 0.0 | 2 | 6 |" in made.to_markdown()
 
 
 def test_every_figure_is_a_number_that_json_holds(tmp_path: Path) -> None:

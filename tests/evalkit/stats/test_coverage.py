@@ -11,7 +11,8 @@ import pytest
 from scipy import stats
 
 from evalkit.stats.intervals import Interval, mean_t, tango
-from evalkit.stats.recovery import recovery
+from evalkit.stats.recovery import recovery, recovery_bootstrap
+from evalkit.stats.units import log_odds
 
 LOW, HIGH = 0.93, 0.975
 
@@ -52,6 +53,26 @@ def test_tango_covers_on_large_sets(n: int, discordance: float, share_lost: floa
     found = lru_cache(None)(lambda a, b: tango(a, b, n))
     share = np.mean([(i := found(int(a), int(b))).low <= lost - gained <= i.high for a, b, _ in draws])
     check(float(share), n * discordance, 2000)
+
+
+@pytest.mark.parametrize("accuracy", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize(("n", "discordance"), [(50, 0.06), (50, 0.3), (200, 0.1), (500, 0.02), (2000, 0.06)])
+def test_a_loss_in_log_odds_is_covered(n: int, discordance: float, accuracy: float) -> None:
+    """Both models' accuracies vary from draw to draw, and not only their difference."""
+    for share_lost in (0.5, 0.8):
+        lost, gained = discordance * share_lost, discordance * (1 - share_lost)
+        if lost > accuracy or gained > 1 - accuracy:
+            continue
+        student = accuracy - lost + gained
+        truth = float(np.log(accuracy / (1 - accuracy)) - np.log(student / (1 - student)))
+        cells = [accuracy - lost, lost, gained, 1 - accuracy - gained]
+        draws = np.random.default_rng(n).multinomial(n, np.maximum(cells, 0), size=2000)
+        found = lru_cache(None)(lambda a, b: tango(a, b, n))  # noqa: B023  (used up within the round)
+        held = []
+        for both, a, b, _ in draws:
+            loss = log_odds((both + a) / n, (both + b) / n, found(int(a), int(b)))
+            held.append(loss.low <= truth <= loss.high)
+        check(float(np.mean(held)), n * discordance, 2000)
 
 
 def hidden_gap_coverage(n: int, discordance: float, share_lost: float, unit: float, draws: int) -> float:
@@ -176,8 +197,10 @@ def test_recovery_is_covered(clustered: bool) -> None:
         teacher = np.where(u < 0.7 + shift, 1.0, -1 / 3)
         student = np.where(u + rng.normal(0, 0.2, 400) < 0.5875 + shift, 1.0, -1 / 3)
         found = recovery(teacher.tolist(), student.tolist(), names)
-        assert found is not None
-        held.append((found.low, found.high, teacher.mean(), student.mean()))
-    low, high, t, s = np.array(held).T
+        again = recovery_bootstrap(teacher, student, names, draws=999)
+        assert found is not None and again is not None
+        held.append((found.low, found.high, *again, teacher.mean(), student.mean()))
+    *bounds, t, s = np.array(held).T
     truth = s.mean() / t.mean()
-    check(float(np.mean((low <= truth) & (truth <= high))), 400, 800)
+    for low, high in (bounds[:2], bounds[2:]):
+        check(float(np.mean((low <= truth) & (truth <= high))), 400, 800)

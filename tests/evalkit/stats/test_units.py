@@ -12,9 +12,9 @@ from evalkit.stats.agreement import flips, histogram, kappa
 from evalkit.stats.flows import net_flows
 from evalkit.stats.intervals import Interval
 from evalkit.stats.mass import choice_mass, masses
-from evalkit.stats.recovery import recovery
+from evalkit.stats.recovery import recovery, recovery_bootstrap
 from evalkit.stats.seeds import pooled, recipe_interval
-from evalkit.stats.units import formula_score, verdict
+from evalkit.stats.units import formula_score, log_odds, verdict
 
 
 def record(choices: tuple[str, ...] = ("a", "b", "c", "d"), gold: int = 0) -> ItemRecord:
@@ -66,6 +66,14 @@ def test_loss_is_called_hidden_only_when_both_units_say_so() -> None:
     assert verdict(both, both) == "no difference shown"
     for one, other in ((up, both), (both, up), (up, down), (down, both)):
         assert verdict(one, other) == "depends on the scale"
+
+
+def test_log_odds_of_a_loss_and_of_its_bounds() -> None:
+    found = log_odds(0.8, 0.6, Interval(mean=0.2, low=0.0, high=0.3, n=100))
+    assert found.mean == pytest.approx(math.log(0.8 / 0.2) - math.log(0.6 / 0.4))
+    assert found.low == 0.0 and found.high == pytest.approx(math.log(0.85 / 0.15) - math.log(0.55 / 0.45))
+    ends = log_odds(1.0, 0.0, Interval(mean=1.0, low=0.9, high=1.0, n=50))
+    assert ends.high == ends.mean == pytest.approx(2 * math.log(99)), "half an item from the ends"
 
 
 def test_flows_add_up_to_the_loss_exactly() -> None:
@@ -125,6 +133,23 @@ def test_recovery_solves_fiellers_quadratic() -> None:
 
     for bound in (found.low, found.high):  # each is the ratio at which a t test of S - bound * T is just significant
         assert stats.ttest_1samp(student - bound * teacher, 0).pvalue == pytest.approx(0.05)
+
+
+def test_the_bootstrap_of_recovery_is_that_of_scipy_over_whole_clusters() -> None:
+    rng = np.random.default_rng(4)
+    teacher = np.where(rng.random(600) < 0.7, 1.0, -1 / 3)
+    student = np.where(rng.random(600) < 0.6, 1.0, -1 / 3)
+    names = [str(i // 10) for i in range(600)]
+    sums = np.stack([teacher.reshape(60, 10).sum(axis=1), student.reshape(60, 10).sum(axis=1)])
+    from scipy import stats
+
+    expected = stats.bootstrap(
+        (sums[0], sums[1]), lambda t, s, axis=-1: s.sum(axis=axis) / t.sum(axis=axis), paired=True, method="percentile"
+    ).confidence_interval
+    found = recovery_bootstrap(teacher, student, names, draws=9999)
+    assert found == pytest.approx((expected.low, expected.high), abs=0.01)
+    assert recovery_bootstrap(teacher, student, [str(i // 20) for i in range(600)]) is None, "30 clusters"
+    assert recovery_bootstrap(-teacher, student) is None
 
 
 def test_recovery_needs_a_teacher_above_zero() -> None:
