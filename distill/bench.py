@@ -142,6 +142,7 @@ def _measure(
 def made_up(stage: Stage, vocabulary: int, document: int) -> Batch:
     """Random tokens in documents of ``document`` tokens; where the mask is on answers, the last third counts."""
     B, T = stage.batch, stage.seq_len
+    document = min(document, T)
     generator = torch.Generator().manual_seed(0)
     position = torch.arange(T) % document
     weights = (position + 1 < document).float()

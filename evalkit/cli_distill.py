@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Seed, Temperature, _quiet, console
+from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Seed, Temperature, _quiet, bench, console
 from evalkit.cli_reports import app as app
 
 Changes = Annotated[
@@ -115,6 +115,53 @@ def generate_data(
         print(json.dumps(counts, indent=2))
         return
     console.print(f"Answers kept in {out}: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
+
+
+@bench.command(
+    "distill",
+    epilog="Examples: `evalkit bench distill smollm2-135m --random` (the teacher's shapes, random weights) · `evalkit "
+    "bench distill my.yaml --set stages.distill.batch=128 --profile --out bench`.",
+)
+def bench_distill(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file.")],
+    changes: Changes = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each stage, after 3 that are not counted.")] = 10,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: only the teacher's config is read.")
+    ] = False,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Compile MLPs and norms on a GPU, as a run does.")
+    ] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="The time of each kernel in one step, too.")] = False,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for bench-distill.json.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Time the steps of each stage of RECIPE on made-up batches: tokens a second, MFU, memory."""
+    _quiet()
+    from distill.bench import bench_recipe
+    from distill.recipe import read_recipe
+    from evalkit.store import write_json
+    from models.load import pick_device
+
+    how: dict[str, Any] = {"steps": steps, "random": random, "fuse": fuse, "profile": profile}
+    result = bench_recipe(read_recipe(recipe, changes or ()), device=pick_device(device), **how)
+    if out is not None:
+        write_json(out / "bench-distill.json", result)
+    if json_output:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table("Stage", "Loss", box=box.SIMPLE_HEAD)
+    for title in ("tokens/s", "MFU", "step ms", "launched in ms", "peak GiB"):
+        table.add_column(title, justify="right")
+    for row in result["stages"]:
+        mfu, memory = row["mfu"], row["peak_memory_gib"]
+        times = (f"{row['step_s'] * 1e3:.1f}", f"{row['launch_s'] * 1e3:.1f}")
+        shares = ("–" if mfu is None else f"{mfu:.1%}", *times, "–" if memory is None else f"{memory:.1f}")
+        numbers = (f"{row['tokens_per_s']:,.0f}", *shares)
+        table.add_row(row["stage"], row["loss"], *numbers)
+    console.print(table)
+    console.print(f"{result['device']}, torch {result['torch']}; medians of {steps} steps.")
 
 
 def _show_plan(name: str, plan: Any) -> None:

@@ -1,10 +1,11 @@
 """The teacher and the student that ship, five durations, and a control: SmolLM2-135M on one or two GPUs.
 
-    python -m distill.experiments.smollm2 --data-dir DATA --out OUT [--minutes 9]
+    python -m distill.experiments.smollm2 --data-dir DATA --out OUT [--minutes 8] [--train-teacher]
 
-Each job trains one model (`evalkit distill`) and evaluates it (`evalkit run`, one run for each view). The same command
-goes on where it was stopped; `python -m distill.experiments.collect OUT` makes the tables. A duration is a run of its
-own with its own schedule; all begin with the same 5M tokens of alignment.
+Each job trains one model (`evalkit distill`) and evaluates it (`evalkit run`, one run for each view), two evaluations
+at a time on a GPU beside the training there. The same command goes on where it was stopped;
+`python -m distill.experiments.collect OUT` makes the tables. A duration is a run of its own with its own schedule; all
+begin with the same 5M tokens of alignment. The teacher is the built-in smollm2-135m-sft, or trained anew.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,12 @@ VIEWS: dict[str, tuple[str, ...]] = {
 """One `evalkit run` each: its tasks and what they share."""
 
 
+AT_ONCE = 2
+"""Evaluations on one GPU beside a training: more run out of its memory."""
+RESERVE = 0.3
+"""Minutes before the end at which a training is stopped, to save."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One model; an empty recipe: nothing is trained, the model ``name`` is scored."""
@@ -53,9 +61,9 @@ class Job:
     scored: bool = True
 
 
-def jobs(out: Path, base: str, rehearse: bool) -> tuple[Job, Job, list[list[Job]]]:
+def jobs(out: Path, base: str, built_in: bool, rehearse: bool) -> tuple[Job, Job, list[list[Job]]]:
     """The teacher, the alignment that all share, and a queue for each of two GPUs."""
-    teacher = f"teacher={out}/sft/delta"
+    teacher = "teacher=smollm2-135m-sft" if built_in else f"teacher={out}/sft/delta"
 
     def few(*stages: str) -> tuple[str, ...]:
         """A rehearsal's stages: one small step each."""
@@ -69,6 +77,8 @@ def jobs(out: Path, base: str, rehearse: bool) -> tuple[Job, Job, list[list[Job]
         return Job(name, "smollm2-135m", (*common, *changes, *few(*parts)))
 
     sft = Job("sft", "smollm2-135m-sft", (f"teacher={base}", *few("sft")))
+    if built_in:
+        sft = Job("smollm2-135m-sft")
     align = Job("align", "smollm2-135m", (teacher, *FULL, *ALIGN_ONLY, *few("align-qk", "align-block")))
     control = (*FULL, *CONTROL, *ALIGN_ONLY, "stages.align-qk.train=[q, k]", *few("align-qk", "align-block"))
     control_align = Job("control-align", "smollm2-135m", (teacher, *control), scored=False)
@@ -87,7 +97,7 @@ class Runner:
         self.out, self.data, self.gpus, self.rehearse = out, data, gpus, rehearse
         self.begun = time.monotonic()
         self.deadline = self.begun + 60 * minutes
-        self.scoring: list[tuple[str, subprocess.Popen[bytes]]] = []
+        self.pools = [ThreadPoolExecutor(AT_ONCE) for _ in range(max(gpus, 1))]
         for folder in ("logs", "done", "scores"):
             (out / folder).mkdir(parents=True, exist_ok=True)
 
@@ -106,7 +116,7 @@ class Runner:
         done, folder = self.out / "done" / job.name, self.out / job.name
         if not job.recipe or done.exists():
             return True
-        left = (self.deadline - time.monotonic()) / 60 - 0.15
+        left = (self.deadline - time.monotonic()) / 60 - RESERVE
         if left < 0.4:
             return False
         words = ["evalkit", "distill", job.recipe, "--out", str(folder), "--data-dir", str(self.data)]
@@ -135,17 +145,30 @@ class Runner:
         model = str(start_folder(str(self.out / job.name))) if job.recipe else job.name
         if (self.out / job.name / "delta" / "delta.json").is_file():
             model = str(self.out / job.name / "delta")
-        for view, (tasks, *options) in VIEWS.items():
-            run = self.out / "scores" / Path(job.name).name / view
-            if (run / "run.json").is_file() and json.loads((run / "run.json").read_text())["complete"]:
-                continue
-            if tasks == "BIGBENCH":
-                tasks = ",".join(map(str, sorted((self.data / "bigbench").glob("*.jsonl.gz"))))
-            words = ["evalkit", "run", model, "--tasks", tasks, *options, "--out", str(run)]
-            words += ["--data-dir", str(self.data), "--batch-size", "256", "--json"]
-            words += ["--limit", "2"] if self.rehearse else []
-            name = f"score-{Path(job.name).name}-{view}"
-            self.scoring.append((name, self.start(words, name, gpu)))
+        for view in VIEWS:
+            self.pools[gpu % len(self.pools)].submit(self._score, job.name, model, view, gpu)
+
+    def _score(self, name: str, model: str, view: str, gpu: int) -> None:
+        run = self.out / "scores" / Path(name).name / view
+        if (run / "run.json").is_file() and json.loads((run / "run.json").read_text(encoding="utf-8"))["complete"]:
+            return
+        left = self.deadline - time.monotonic()
+        if left < 15:
+            return
+        tasks, *options = VIEWS[view]
+        if tasks == "BIGBENCH":
+            tasks = ",".join(map(str, sorted((self.data / "bigbench").glob("*.jsonl.gz"))))
+        words = ["evalkit", "run", model, "--tasks", tasks, *options, "--out", str(run)]
+        words += ["--data-dir", str(self.data), "--batch-size", "128", "--json"]
+        words += ["--limit", "2"] if self.rehearse else []
+        label = f"score-{Path(name).name}-{view}"
+        process = self.start(words, label, gpu)
+        try:
+            code = process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.kill()  # what is scored so far is kept
+            code = process.wait()
+        self.say(f"{label}: exit code {code}")
 
     def queue(self, queue: list[Job], gpu: int) -> None:
         """Train one after the other on one GPU; evaluations run beside."""
@@ -156,14 +179,8 @@ class Runner:
 
     def wait(self) -> None:
         """For the evaluations, until the time is up; what is scored so far is kept."""
-        for name, process in self.scoring:
-            try:
-                code = process.wait(max(self.deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                code = process.wait()
-            if code:
-                self.say(f"{name}: exit code {code}")
+        for pool in self.pools:
+            pool.shutdown()
 
 
 def main() -> None:
@@ -174,6 +191,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10**6)
     parser.add_argument("--gpus", type=int, default=None)
     parser.add_argument("--base", default="smollm2-135m", help="the model that becomes the teacher")
+    parser.add_argument("--train-teacher", action="store_true", help="instead of the built-in smollm2-135m-sft")
     parser.add_argument("--rehearse", action="store_true", help="one small step a stage, 2 items a task")
     chosen = parser.parse_args()
     gpus = chosen.gpus
@@ -182,7 +200,7 @@ def main() -> None:
 
         gpus = torch.cuda.device_count()
     runner = Runner(chosen.out.absolute(), chosen.data_dir.absolute(), chosen.minutes, gpus, chosen.rehearse)
-    sft, align, queues = jobs(runner.out, chosen.base, chosen.rehearse)
+    sft, align, queues = jobs(runner.out, chosen.base, not chosen.train_teacher, chosen.rehearse)
     if runner.train(sft, None):
         runner.score(sft, 1)
         if runner.train(align, 0):
@@ -195,7 +213,7 @@ def main() -> None:
             for thread in threads:
                 thread.join()
     runner.wait()
-    runner.say("all is done" if (runner.out / "done").exists() else "stopped")
+    runner.say("end")
 
 
 if __name__ == "__main__":
