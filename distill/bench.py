@@ -18,10 +18,11 @@ from distill.optimiser import Masters
 from distill.packing import Batch, share
 from distill.parallel import Processes
 from distill.plan import peak_flops, stage_plan
+from distill.select import keep_layers_of
 from distill.speed import compiled
 from distill.stage import Recipe, Stage
-from distill.student import add_lora, make_student
-from models.convert import cast, convert
+from distill.student import make_student
+from models.convert import cast
 from models.load import DTYPES, Loaded, load, resolve
 
 WARM = 3
@@ -68,13 +69,13 @@ def _models(recipe: Recipe, device: torch.device, random: bool) -> tuple[Any, An
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     cast(model, DTYPES[recipe.dtype])
     model = model.to(device).eval()
-    if recipe.student.mixer == "kda":
-        student = convert(model, recipe.student.keep, gate=recipe.student.gate, rope=recipe.student.rope)
-        cast(student, DTYPES[recipe.dtype])
-        if recipe.student.lora is not None:
-            add_lora(student, recipe.student.lora)
-        return model, student.to(device)
-    return model, make_student(Loaded(name="random", model=model, tokenizer=None), recipe)
+    number = keep_layers_of(recipe.student.keep)
+    return model, make_student(
+        Loaded(name="random", model=model, tokenizer=None),
+        recipe,
+        keep=tuple(range(number)) if number else None,
+        begin=False,
+    )
 
 
 def _measure(
@@ -122,12 +123,12 @@ def _measure(
     _wait(device)
     speed = batch.valid / statistics.median(seconds)
     peak = peak_flops(device)
-    cost = stage_plan(stage, teacher, student, recipe)
+    cost, targets = stage_plan(stage, teacher, student, recipe), int((batch.weights != 0).sum())
     row: dict[str, Any] = {
         "stage": stage.name,
         "loss": stage.loss,
         "tokens_per_s": speed,
-        "mfu": None if peak is None else speed * cost.flops_a_token / peak,
+        "mfu": None if peak is None else cost.work(batch.valid, targets) / statistics.median(seconds) / peak,
         "step_s": statistics.median(seconds),
         "launch_s": launched,
         "first_step_s": first,

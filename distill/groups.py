@@ -25,8 +25,9 @@ _KDA = {
     **dict.fromkeys(("g_a_proj", "g_b_proj"), "output_gate"),
     "o_norm": "o_norm",
 }
-_VECTORS = ("A_log", "dt_bias", "o_norm", "q_conv", "k_conv", "v_conv")
-"""Of a KDA layer: several have two dimensions, none is a matrix that multiplies."""
+_CONVS = ("q_conv", "k_conv", "v_conv")
+_VECTORS = ("A_log", "dt_bias", "o_norm")
+"""Of a KDA layer: two of them have two dimensions, none is a matrix that multiplies."""
 
 
 def mixer_layers(model: Any) -> frozenset[int]:
@@ -73,7 +74,12 @@ def decays(name: str, parameter: Tensor) -> bool:
     would only shrink (and a tied head is one tensor with them).
     """
     parts = name.split(".")
-    return parameter.ndim == 2 and "embed_tokens" not in parts and not set(parts) & set(_VECTORS)
+    return multiplies(name, parameter) and "embed_tokens" not in parts and not set(parts) & set(_CONVS)
+
+
+def multiplies(name: str, parameter: Tensor) -> bool:
+    """Whether a token costs a multiplication and an addition an element of the parameter (embeddings aside)."""
+    return parameter.ndim == 2 and not set(name.split(".")) & set(_VECTORS)
 
 
 def trained(model: Any, groups: Sequence[str], mixers: Container[int] | None = None) -> dict[str, nn.Parameter]:

@@ -23,9 +23,12 @@ class Guardian:
     """The guard's items, and the questions that training must not see."""
 
     def __init__(self, guard: Guard, tokenizer: Any, data_dir: Path | None) -> None:
-        self._guard = guard
         self._tokenizer = tokenizer
-        self._items: list[tuple[Task, list[Item]]] = [(t, _items(t, guard.items, data_dir)) for t in _tasks(guard)]
+        self._settings = Settings(modes=(GENERATION,), view=guard.view, shots=0)
+        self._items: list[tuple[Task, list[Item]]] = []
+        for task in map(get_task, guard.tasks):
+            self._settings.views_of(task)  # refuses a view that the task lacks
+            self._items.append((task, _items(task, guard.items, data_dir)))
 
     @property
     def wanted(self) -> bool:
@@ -39,11 +42,10 @@ class Guardian:
         """Task -> accuracy and unparsed (rates), and items (how many)."""
         engine = HFEngine(model, self._tokenizer)
         encoder = Encoder(self._tokenizer, chat=False, system="", thinking=False)
-        settings = Settings(modes=(GENERATION,), view=self._guard.view, shots=0)
         found = {}
         for task, items in self._items:
-            plans = [plan(task, item, (), encoder, settings, engine.max_length) for item in items]
-            said = [record.outcomes[0] for record in evaluate(task, plans, engine, settings)]
+            plans = [plan(task, item, (), encoder, self._settings, engine.max_length) for item in items]
+            said = [record.outcomes[0] for record in evaluate(task, plans, engine, self._settings)]
             found[task.name] = {
                 "accuracy": sum(one.outcome == "correct" for one in said) / len(said),
                 "unparsed": sum(one.outcome == "unparsed" for one in said) / len(said),
@@ -52,12 +54,10 @@ class Guardian:
         return found
 
 
-def _tasks(guard: Guard) -> list[Task]:
-    return [get_task(name) for name in guard.tasks]
-
-
 def _items(task: Task, number: int, data_dir: Path | None) -> list[Item]:
     if task.pool is None:
         raise ValueError(f"the guard can't use task {task.name!r}: it has no TRAIN split, only items that are reported")
     items = list(task.pool(data_dir))
+    if not items:
+        raise ValueError(f"the guard's task {task.name!r} has no TRAIN items in {data_dir}: name another --data-dir")
     return sorted(items, key=lambda item: digest("guard", task.name, item.id))[:number]

@@ -73,8 +73,8 @@ def place(batch: Batch, device: torch.device) -> Placed:
 
 def last_hidden(model: Any, batch: Placed) -> Tensor:
     """[B, T, hidden] before the output head, documents apart."""
-    hybrid = LINEAR in (model.config.layer_types or ()) if hasattr(model.config, "layer_types") else False
     kinds = set(getattr(model.config, "layer_types", None) or [FULL])
+    hybrid = LINEAR in kinds
     ours: dict[str, Any] = {"position_ids": batch.position, "use_cache": False}
     if hybrid:
         ours["cu_seqlens"] = batch.starts
@@ -160,8 +160,12 @@ class Objective:
         if hasattr(ours, "kda"):
             output = ours.kda(x, packed=batch.packed, position_embeddings=turns)
         else:
+            # The teacher's own mask, in the form that its kind of attention takes.
             output = ours.self_attn(
-                hidden_states=x, position_embeddings=turns, attention_mask=batch.mask, position_ids=batch.position
+                hidden_states=x,
+                position_embeddings=turns,
+                attention_mask=seen["attention_mask"],
+                position_ids=batch.position,
             )[0]
         return hidden_alignment(output, seen["output"])
 
@@ -187,7 +191,8 @@ def rotated_queries_keys(attention: Any, x: Tensor, turns: tuple[Tensor, Tensor]
 
 def _keep(found: dict[str, Any]) -> Callable[..., None]:
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: tuple[Tensor, Any]) -> None:
-        found.update(x=kwargs["hidden_states"], position_embeddings=kwargs["position_embeddings"], output=output[0])
+        shared = {name: kwargs[name] for name in ("position_embeddings", "attention_mask")}
+        found.update(shared, x=kwargs["hidden_states"], output=output[0])
 
     return hook
 

@@ -30,12 +30,14 @@ class Processes:
             dist.all_reduce(x)
         return x
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process says so: all leave a loop at the same step."""
+    def largest(self, *numbers: int) -> list[int]:
+        """Each number's maximum over all processes; between CPUs, so no GPU is waited for."""
         if self.world == 1:
-            return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+            return list(numbers)
+        there = torch.tensor(numbers)
+        dist.all_reduce(there, dist.ReduceOp.MAX)
+        found: list[int] = there.tolist()
+        return found
 
     def first_says(self, value: Any) -> Any:
         """The first process's ``value``, on all of them."""
@@ -60,7 +62,7 @@ class Processes:
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """Join the others that torchrun started, if it did (nccl on GPUs, gloo on CPUs)."""
+    """Join the others that torchrun started, if it did (nccl between GPUs, gloo between CPUs)."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Processes()
@@ -68,7 +70,7 @@ def processes(device: str) -> Iterator[Processes]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda"):
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     try:
         yield Processes(dist.get_rank(), world, local)
     finally:

@@ -1,19 +1,24 @@
 """What a recipe will cost, before anything starts: parameters, tokens, memory and floating-point operations a stage.
 
-Counts, not measurements: 2 operations for each multiplication and addition of a matrix product; twice the forward's for
-a backward pass (once where weights are frozen but gradients pass through); softmax attention's own products over
-seq_len tokens; KDA's recurrence as 6 x heads x K x V a token (read, correct, write its state: arXiv:2510.26692).
+Counts, not measurements: 2 operations for each multiplication and addition of a matrix product; in the backward pass as
+many for the gradient that passes through and for that of the weights, each where it is needed; softmax attention over
+the causal half of seq_len tokens; KDA's recurrence as 6 x heads x K x V a token (read, correct, write its state:
+arXiv:2510.26692). The output head works for targets alone.
 """
 
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.groups import mixer_layers, trained
+from distill.groups import FRESH, is_mixer, mixer_layers, multiplies, trained
 from distill.select import keep_layers_of
 from distill.stage import ALIGNMENTS, Recipe, Stage
+from distill.student import add_lora
 from models.hybrid_config import HybridKDAConfig, check_family
 from models.kept import keep_layers
 from models.load import DTYPES, resolve
@@ -34,12 +39,19 @@ class StagePlan:
     trained: int
     """Parameters."""
     flops_a_token: float
+    flops_a_target: float
+    """Of the output heads, beside those a token."""
     memory: float
     """Bytes at least: weights of both models, float32 masters, gradients and moments, one micro-batch's activations."""
 
     @property
     def flops(self) -> float:
-        return self.flops_a_token * self.tokens
+        """At most: where the mask leaves tokens out, fewer are targets."""
+        return self.work(self.tokens, self.tokens)
+
+    def work(self, tokens: int, targets: int) -> float:
+        """Floating-point operations for so many tokens, of which so many are targets."""
+        return self.flops_a_token * tokens + self.flops_a_target * targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,32 +75,25 @@ class Plan:
 def make_plan(recipe: Recipe, processes: int = 1) -> Plan:
     """From the teacher's configuration alone: no weights are read."""
     config = AutoConfig.from_pretrained(resolve(recipe.teacher))
-    teacher = _empty(config)
-    student_config = _student_config(recipe, config)
-    student = _empty(student_config)
-    stages = [stage_plan(stage, teacher, student, recipe, processes) for stage in recipe.stages]
+    teacher, student = _empty(config), _empty(_student_config(recipe, config))
+    if recipe.student.lora is not None:
+        add_lora(student, recipe.student.lora)
+    mixers = mixer_layers(student)
     return Plan(
         teacher_parameters=_size(teacher),
         student_parameters=_size(student),
-        kept=tuple(getattr(student_config, "kept_layers", range(config.num_hidden_layers))),
-        stages=tuple(stages),
+        kept=tuple(layer for layer in range(config.num_hidden_layers) if layer not in mixers),
+        stages=tuple(stage_plan(stage, teacher, student, recipe, processes) for stage in recipe.stages),
     )
 
 
 def stage_plan(stage: Stage, teacher: Any, student: Any, recipe: Recipe, processes: int = 1) -> StagePlan:
     """Costs of ``stage``; the models may be empty ones (on the meta device)."""
-    lora = recipe.student.lora
-    groups = [group for group in stage.train if group != "lora"]
-    mixers = mixer_layers(student)
-    if recipe.student.mixer == "softmax" and not mixers:  # an empty model isn't marked as a control yet
-        kept = keep_layers(recipe.student.keep, student.config.num_hidden_layers)
-        mixers = frozenset(range(student.config.num_hidden_layers)) - frozenset(kept)
-    own = sum(p.numel() for p in trained(student, groups, mixers).values()) if groups else 0
-    if "lora" in stage.train and lora is not None:
-        own += _lora_size(student, lora.rank, lora.on, mixers)
+    chosen = trained(student, stage.train)
+    own = sum(p.numel() for p in chosen.values())
     size = DTYPES[recipe.dtype].itemsize
     rows = min(stage.micro_batch or stage.batch, -(-stage.batch // processes))
-    models = size * (_size(student) + (0 if stage.loss == "ce" else _size(teacher)))
+    models = size * (_size(student) + _size(teacher))
     return StagePlan(
         name=stage.name,
         loss=stage.loss,
@@ -96,19 +101,37 @@ def stage_plan(stage: Stage, teacher: Any, student: Any, recipe: Recipe, process
         steps=stage.steps,
         tokens=stage.steps * stage.batch * stage.seq_len,
         trained=own,
-        flops_a_token=flops_a_token(stage, teacher, student, own, len(mixers)),
+        flops_a_token=flops_a_token(stage, teacher, student, chosen),
+        flops_a_target=flops_a_target(stage, student, chosen),
         memory=models + (4 * 4 + size) * own + rows * stage.seq_len * _activations(stage, student, size),
     )
 
 
-def flops_a_token(stage: Stage, teacher: Any, student: Any, own: int, mixers: int) -> float:
-    """Forward and backward of ``stage`` for one token, ``own`` of the student's parameters trained."""
-    show = 0.0 if stage.loss == "ce" else _forward(teacher, stage.seq_len)
+def flops_a_token(stage: Stage, teacher: Any, student: Any, chosen: Mapping[str, nn.Parameter]) -> float:
+    """Of ``stage`` for one token, output heads left out; ``chosen``: what is trained."""
+    T, mixers = stage.seq_len, mixer_layers(student)
+    own = float(sum(2 * p.numel() for name, p in chosen.items() if "layers." in name and multiplies(name, p)))
+    show = 0.0 if stage.loss == "ce" else 2 * _matrices(teacher) + _mixing(teacher, T)
+    if stage.loss == "align-qk":
+        parts = ("q_proj", "k_proj", "q_conv", "k_conv")
+        again = 2 * _matrices(teacher, mixers, parts[:2])
+        return show + again + 2 * _matrices(student, mixers, parts) + 2 * _matrices(student, mixers, parts[2:]) + own
+    if stage.loss == "align-block":
+        # The layer's input needs no gradient: only what lies behind the first projections passes one through.
+        behind = ("o_proj", "f_b_proj", "g_b_proj", "_conv")
+        through = 2 * _matrices(student, mixers, behind)
+        return show + 2 * _matrices(student, mixers) + through + 3 * _mixing(student, T, mixers) + own
+    return show + 4 * _matrices(student) + 3 * _mixing(student, T) + own
+
+
+def flops_a_target(stage: Stage, student: Any, chosen: Mapping[str, nn.Parameter]) -> float:
+    """Of the output heads for one target: logits of both models, and the gradient through the student's."""
     if stage.loss in ALIGNMENTS:
-        share = mixers / student.config.num_hidden_layers
-        return float(show - _head(teacher) + share * 3 * _attention_weights(student) * 2)
-    forward = _forward(student, stage.seq_len)
-    return show + 2 * forward + 2 * own
+        return 0.0
+    head = student.get_output_embeddings().weight
+    own = any(p is head for p in chosen.values())
+    passes = 2 + own + (stage.loss != "ce")
+    return float(2 * passes * student.config.vocab_size * student.config.hidden_size)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -126,9 +149,12 @@ def _empty(config: Any) -> Any:
 
 def _student_config(recipe: Recipe, config: Any) -> Any:
     check_family(config)
-    if recipe.student.mixer != "kda":
-        return config
     number, layers = keep_layers_of(recipe.student.keep), config.num_hidden_layers
+    if recipe.student.mixer != "kda":
+        config = copy.deepcopy(config)
+        kept = range(layers) if recipe.student.mixer == "same" else keep_layers(recipe.student.keep, layers)
+        setattr(config, FRESH, [layer for layer in range(layers) if layer not in kept])
+        return config
     kept = tuple(range(number)) if number else keep_layers(recipe.student.keep, layers)
     return HybridKDAConfig.from_teacher(
         config,
@@ -144,37 +170,28 @@ def _size(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _lora_size(model: Any, rank: int, on: tuple[str, ...], mixers: frozenset[int]) -> int:
-    total = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or "layers." not in name:
-            continue
-        layer = int(name.partition("layers.")[2].partition(".")[0])
-        kind = "mlp" if ".mlp." in name else "mixer" if layer in mixers else "attention"
-        if kind in on and name.rpartition(".")[2] not in ("f_a_proj", "f_b_proj", "b_proj", "g_a_proj", "g_b_proj"):
-            total += rank * (module.in_features + module.out_features)
-    return total
+def _matrices(model: Any, layers: Collection[int] | None = None, parts: Collection[str] = ()) -> float:
+    """Parameters that multiply, the head and embeddings left out; of the mixers of ``layers``, of ``parts`` alone."""
+    return float(
+        sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if "layers." in name
+            and multiplies(name, p)
+            and (layers is None or is_mixer(name, layers))
+            and (not parts or any(part in name for part in parts))
+        )
+    )
 
 
-def _head(model: Any) -> float:
-    return float(2 * model.config.hidden_size * model.config.vocab_size)
-
-
-def _attention_weights(model: Any) -> float:
-    parts = (".self_attn.", ".kda.")
-    return float(sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts)))
-
-
-def _forward(model: Any, tokens: int) -> float:
-    """Of one token among ``tokens``, the output head included."""
+def _mixing(model: Any, tokens: int, layers: Collection[int] | None = None) -> float:
+    """What attention (over ``tokens``) and recurrence do with one token beside projections, in ``layers`` or all."""
     config = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name)
-    heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
-    width = width or config.hidden_size // heads
-    linear = len(getattr(config, "kda_layers", ()))
-    softmax = config.num_hidden_layers - linear
-    mixing = softmax * 2 * heads * width * tokens + linear * 6 * heads * width**2
-    return float(2 * matrices + mixing + _head(model))
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    where = range(config.num_hidden_layers) if layers is None else layers
+    linear = getattr(config, "kda_layers", ())
+    return float(sum(heads * width * (6 * width if layer in linear else 2 * tokens) for layer in where))
 
 
 def _activations(stage: Stage, model: Any, size: int) -> float:

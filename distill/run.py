@@ -1,44 +1,54 @@
 """A recipe run from teacher to student: the student is made, every stage trained, each end kept as a model folder.
 
-    OUT/recipe.json      the recipe, whole           OUT/metrics.jsonl   a line a step
-    OUT/state/           where a run goes on         OUT/checkpoints/STAGE-TOKENS/   ordinary model folders
-    OUT/selection.json   layers chosen by kl-restore OUT/delta/          the student that ships, where the recipe asks
-
 Everything is written whole or not at all, so a run that is killed at any moment goes on with `--resume`.
+distill/folder.py says what lies where.
 """
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.groups import check_frozen, freeze, frozen_hashes, mixer_layers
+from distill.folder import (
+    CHECKPOINTS,
+    DELTA,
+    RECIPE,
+    SELECTION,
+    check_stage,
+    last_checkpoint,
+    open_run,
+    read_state,
+    tensorboard_writer,
+    write_state,
+    writing,
+)
+from distill.folder import (
+    METRICS as METRICS,
+)
+from distill.groups import check_frozen, freeze, frozen_hashes, mixer_layers, trained
 from distill.guard import Guardian
 from distill.objectives import Objective, place
 from distill.optimiser import Masters
 from distill.packing import Stream, share
 from distill.parallel import Processes
 from distill.plan import peak_flops, stage_plan
-from distill.recipe import differences, sha256
+from distill.recipe import sha256
 from distill.select import keep_layers_of, kl_restore, restore
 from distill.speed import compiled, eager
-from distill.stage import Recipe, Source, Stage
+from distill.stage import Recipe, Stage
 from distill.student import add_lora, lora_factors, make_student, plain_model, start_folder
 from distill.train import Hooks, Metrics, Position, Stop, Stopped, train
 from evalkit.store import write_json
 from models.builtin import cache_dir
 from models.delta import save_delta
 from models.folders import written_whole
-from models.load import NOTE_FILE, Loaded, read_note
+from models.load import NOTE_FILE, Loaded, read_note, resolve
 from models.text import batches as text_batches
 
-STATE, RECIPE, METRICS, SELECTION, CHECKPOINTS, DELTA = (
-    *("state", "recipe.json", "metrics.jsonl", "selection.json", "checkpoints", "delta"),
-)
 PROBE_ROWS = 8
 """Rows of the fixed batch on which each stage's loss is measured before and after."""
 Report = Callable[[dict[str, Any]], None]
@@ -88,14 +98,16 @@ def distill(
 ) -> Path:
     """Run ``recipe`` into ``out``; the folder of the last checkpoint.
 
-    stage: this one alone, after those before it. tensorboard: curves in OUT/tensorboard, too. ValueError: ``out`` holds
-    a run and ``resume`` is off, or another recipe's; a teacher that doesn't fit; data that can't be read. `Stopped`: on
+    stage: this one alone, after those before it. tensorboard: curves in OUT/tensorboard, too. save_seconds: between two
+    saves of the state. ValueError: ``out`` holds a run and ``resume`` is off, or another recipe's; a teacher that
+    doesn't fit; data that can't be read, of any stage; a loss that isn't finite. OSError: a full disk. `Stopped`: on
     request, everything saved.
     """
     processes = processes or Processes()
     check_teacher(teacher)
-    state = _open(recipe, out, resume)
-    _check_stage(recipe, state, stage)
+    state = open_run(recipe, out, resume, teacher.identity)
+    check_stage(recipe, state, stage)
+    guardian = Guardian(recipe.guard, teacher.tokenizer, data_dir)
     processes.wait()  # until all have looked, before one writes
     if processes.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,14 +115,13 @@ def distill(
     processes.wait()
     device = next(teacher.model.parameters()).device
     teacher.model.requires_grad_(False)
-    board = _tensorboard(out) if tensorboard and processes.first else None
+    board = tensorboard_writer(out, state) if tensorboard and processes.first else None
     metrics = Metrics(out / METRICS if processes.first else None, board)
-    guardian = Guardian(recipe.guard, teacher.tokenizer, data_dir)
     say = report or (lambda row: None)
     try:
         kept = None if state is None else state["kept"]
         select = keep_layers_of(recipe.student.keep) is not None and kept is None
-        student = make_student(teacher, recipe, keep=() if select else kept, lora=not select)
+        student = make_student(teacher, recipe, keep=() if select else kept, lora=not select, begin=state is None)
         run = Run(
             *(recipe, out, teacher, student, processes, device, data_dir, stop or Stop(), metrics, guardian, say),
         )
@@ -119,8 +130,13 @@ def distill(
         else:
             run.position.total_tokens = started_tokens(recipe)
             metrics.cut(0)
+            for one in recipe.stages:  # what can't be read is known before anything is trained
+                processes.share(one.batch)
+                _stream(run, one, recipe.seed)
             if select:
                 _select(run)
+            for one in recipe.stages:
+                trained(run.student, one.train, run.mixers)
             _save(run, None)
         wanted = [one.name for one in recipe.stages] if stage is None else [stage]
         folder = last_checkpoint(out)
@@ -149,32 +165,26 @@ def check_teacher(teacher: Loaded) -> None:
 
 def started_tokens(recipe: Recipe) -> int:
     """Tokens behind the checkpoint that the student starts from."""
-    note = read_note(str(start_folder(recipe.student.start))) if recipe.student.start else None
+    note = read_note(resolve(str(start_folder(recipe.student.start)))) if recipe.student.start else None
     return int((note or {}).get("tokens", 0))
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest of ``out``'s checkpoints, by tokens."""
-    folder = start_folder(str(out))
-    return None if folder == out else folder
 
 
 def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
     """Train one stage to its end, prove that nothing frozen moved, keep the student."""
     recipe, position = run.recipe, run.position
-    trained = freeze(run.student, stage.train, run.mixers)
+    chosen = freeze(run.student, stage.train, run.mixers)
     objective = Objective(stage, None if stage.loss == "ce" else run.teacher.model, run.student, run.mixers)
-    stream = _stream(run, stage, recipe.data[stage.data], recipe.seed + 1000 * position.stage)
-    masters = Masters(trained, stage, run.mixers)
-    state = _read(run.out) if position.step else None
+    stream = _stream(run, stage, recipe.seed + 1000 * position.stage)
+    masters = Masters(chosen, stage, run.mixers)
+    state = read_state(run.out) if position.step else None
     if state is not None:
         masters.load_state_dict(state["masters"])
     else:
-        run.frozen = frozen_hashes(run.student, trained)
+        run.frozen = frozen_hashes(run.student, chosen)
         run.probes[stage.name] = {"before": _probe(run, stage, objective)}
-    cost = stage_plan(stage, run.teacher.model, run.student, recipe, run.processes.world)
+    run.metrics.plan = stage_plan(stage, run.teacher.model, run.student, recipe, run.processes.world)
     peak = peak_flops(run.device)
-    run.metrics.full_speed = None if peak is None else peak * run.processes.world / cost.flops_a_token
+    run.metrics.peak = None if peak is None else peak * run.processes.world
     run.report({"stage": stage.name, "step": position.step, "steps": stage.steps, "begin": True})
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -194,8 +204,8 @@ def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
             guard_every=recipe.guard.every if run.guardian.wanted else 0,
             save_seconds=save_seconds,
         )
-    del masters
-    check_frozen(run.frozen, frozen_hashes(run.student, trained))
+    del masters, state
+    check_frozen(run.frozen, frozen_hashes(run.student, chosen))
     run.probes[stage.name]["after"] = _probe(run, stage, objective)
     where = {"stage": stage.name, "tokens": run.position.stage_tokens, "total_tokens": run.position.total_tokens}
     told = {**where, "end": True, "probe": run.probes[stage.name], "left_out": dict(stream.left_out)}
@@ -211,10 +221,10 @@ def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
     return folder
 
 
-def _stream(run: Run, stage: Stage, mixture: Sequence[Source], seed: int) -> Stream:
+def _stream(run: Run, stage: Stage, seed: int) -> Stream:
     config = run.teacher.model.config
     return Stream(
-        mixture,
+        run.recipe.data[stage.data],
         run.teacher.tokenizer,
         seq_len=stage.seq_len,
         rows=stage.batch,
@@ -231,7 +241,7 @@ def _stream(run: Run, stage: Stage, mixture: Sequence[Source], seed: int) -> Str
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _probe(run: Run, stage: Stage, objective: Objective) -> float:
     """The stage's loss a target token on one fixed batch, which another seed than the training's draws."""
-    stream = _stream(run, stage, run.recipe.data[stage.data], run.recipe.seed + 999_983)
+    stream = _stream(run, stage, run.recipe.seed + 999_983)
     batch = stream.next()
     rows = min(len(batch.tokens), PROBE_ROWS)
     total = weights = 0.0
@@ -267,12 +277,12 @@ def _select(run: Run) -> None:
             tokens=recipe.student.select_tokens,
             **like.model_dump(include={"data", "seq_len", "batch", "micro_batch", "lr", "schedule", "warmup"}),
         )
-        stream = _stream(run, stage, recipe.data[stage.data], recipe.seed + 500)
+        stream = _stream(run, stage, recipe.seed + 500)
         objective = Objective(stage, run.teacher.model, run.student, run.mixers)
         masters = Masters(freeze(run.student, stage.train, run.mixers), stage, run.mixers)
         try:
-            train(
-                *(stage, objective, masters, stream, Position()),
+            ended = train(
+                *(stage, objective, masters, stream, Position(total_tokens=run.position.total_tokens)),
                 device=run.device,
                 processes=run.processes,
                 stop=run.stop,
@@ -282,6 +292,7 @@ def _select(run: Run) -> None:
             )
         except Stopped as stopped:  # too short to be resumed in the middle
             raise Stopped(f"{stopped}; the selection begins anew with --resume", stopped.exit_code) from None
+        run.position.total_tokens = ended.total_tokens
     text = text_batches(run.teacher.tokenizer).probe
     found, table = kl_restore(run.teacher, run.student, text, number)
     run.kept = tuple(run.processes.first_says(found))  # a near tie may fall another way on another device
@@ -293,56 +304,6 @@ def _select(run: Run) -> None:
 
 
 # --- on disk -----------------------------------------------------------------------------------------------------
-
-
-def _open(recipe: Recipe, out: Path, resume: bool) -> dict[str, Any] | None:
-    """The state to go on from, None for a new run; ValueError where ``out`` and the request don't agree."""
-    told = out / RECIPE
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give another --out, which becomes the run's folder")
-    if told.is_file():
-        before = json.loads(told.read_text(encoding="utf-8"))
-        found = differences(before, recipe.model_dump(mode="json"))
-        if not resume:
-            raise ValueError(
-                f"{out} holds a run of the recipe {before.get('name')!r}: add --resume, or give another --out"
-            )
-        if found:
-            raise ValueError(
-                f"{out} holds a run of another recipe; it differs in {'; '.join(found)}. Repeat its recipe, or give "
-                f"another --out"
-            )
-        return _read(out) if (out / STATE).is_dir() else None
-    if resume:
-        raise ValueError(f"{out} holds no run that could go on (it has no {RECIPE}): leave --resume out")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} holds something else than a run: give another --out")
-    return None
-
-
-def _check_stage(recipe: Recipe, state: Mapping[str, Any] | None, stage: str | None) -> None:
-    if stage is None:
-        return
-    names = [one.name for one in recipe.stages]
-    if stage not in names:
-        raise ValueError(f"stage {stage!r} is not in the recipe: expected one of {', '.join(names)}")
-    done = 0 if state is None else state["position"]["stage"]
-    if names.index(stage) < done:
-        raise ValueError(f"stage {stage!r} is done already; the next one is {(*names, 'none')[done]}")
-    if names.index(stage) > done:
-        raise ValueError(f"stage {stage!r} needs {names[done]} first: leave --stage out, or name that one")
-
-
-def _read(out: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(out / STATE / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle, zip and torch each raise types of their own
-        raise ValueError(
-            f"{out / STATE} can't be read ({' '.join(str(error).split())[:200]}): the run can't go on; "
-            f"its checkpoints are whole, so begin a new one from them"
-        ) from error
-    assert isinstance(state, dict)
-    return state
 
 
 def _load(run: Run, state: Mapping[str, Any]) -> None:
@@ -360,21 +321,21 @@ def _save(run: Run, masters: Masters | None) -> None:
     state = {
         "kept": None if run.kept is None else list(run.kept),
         "student": run.student.state_dict(),
+        "teacher": run.teacher.identity,
         "position": asdict(run.position),
         "probes": run.probes,
         "frozen": run.frozen,
         "metrics": run.metrics.size(),
         "masters": None if masters is None else masters.state_dict(),
     }
-    with written_whole(run.out / STATE) as new:
-        torch.save(state, new / "state.pt")
+    write_state(run.out, state)
 
 
 def _checkpoint(run: Run, stage: Stage) -> Path:
     folder = run.out / CHECKPOINTS / f"{stage.name}-{run.position.total_tokens}"
     if run.processes.first:
         model = plain_model(run.student)
-        with written_whole(folder) as new:
+        with writing(folder), written_whole(folder) as new:
             model.save_pretrained(new)
             run.teacher.tokenizer.save_pretrained(new)
             note = json.dumps(note_of(run, stage.name), indent=2)
@@ -385,11 +346,11 @@ def _checkpoint(run: Run, stage: Stage) -> Path:
 def note_of(run: Run, stage: str) -> dict[str, Any]:
     """evalkit.json of a checkpoint: how it was made. Ranking and ablation read nothing else."""
     recipe = run.recipe
-    how = {"kda": "KDA", "softmax": "fresh softmax attention", "same": "no replacement"}[recipe.student.mixer]
-    layers = ", ".join(map(str, run.mixers)) or "none"
+    new = {"kda": "KDA", "softmax": "fresh softmax attention", "same": ""}[recipe.student.mixer]
+    how = f"with {new} in layers {', '.join(map(str, run.mixers))}, distilled by" if new else "fine-tuned by"
     return {
-        "note": f"{run.teacher.name} distilled by the recipe {recipe.name} up to {stage}, "
-        f"{run.position.total_tokens:,} tokens; {how} in layers {layers}",
+        "note": f"{run.teacher.name} {how} the recipe {recipe.name} up to {stage}, "
+        f"{run.position.total_tokens:,} tokens",
         "recipe": recipe.name,
         "recipe_sha256": sha256(recipe),
         "stage": stage,
@@ -398,7 +359,7 @@ def note_of(run: Run, stage: str) -> dict[str, Any]:
         "axes": dict(recipe.axes),
         "teacher": run.teacher.name,
         "teacher_fingerprint": run.teacher.identity,
-        "probe": run.probes,
+        "losses": run.probes,
         **({"start": recipe.student.start} if recipe.student.start else {}),
         "made": time.strftime("%Y-%m-%d", time.gmtime()),
     }
@@ -408,22 +369,14 @@ def ship(run: Run) -> Path:
     """The student as a delta of its teacher, in OUT/delta."""
     assert run.recipe.ship is not None
     folder = run.out / DELTA
-    save_delta(
-        plain_model(run.student),
-        run.teacher,
-        folder,
-        encoding=run.recipe.ship.encoding,
-        factors=lora_factors(run.student, run.teacher.model),
-        note=note_of(run, run.recipe.stages[-1].name),
-        file_bytes=int(run.recipe.ship.file_mib * 2**20),
-    )
+    with writing(folder):
+        save_delta(
+            plain_model(run.student),
+            run.teacher,
+            folder,
+            encoding=run.recipe.ship.encoding,
+            factors=lora_factors(run.student, run.teacher.model),
+            note=note_of(run, run.recipe.stages[-1].name),
+            file_bytes=int(run.recipe.ship.file_mib * 2**20),
+        )
     return folder
-
-
-def _tensorboard(out: Path) -> Any:
-    """A writer of curves in OUT/tensorboard; ValueError where TensorBoard isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
-    return SummaryWriter(str(out / "tensorboard"))

@@ -36,7 +36,7 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """Where examples come from: exactly one of text, chat, jsonl, hub, task."""
+    """Where examples come from: exactly one of text, chat, hub, task."""
 
     text: tuple[str, ...] = ()
     """Files of plain text: .txt (one document), .jsonl or .jsonl.gz (a field ``text`` each line); glob patterns, too.

@@ -35,6 +35,7 @@ def make_student(
     *,
     keep: Sequence[int] | None = None,
     lora: bool = True,
+    begin: bool = True,
     text: Tensor | None = None,
     report: Report | None = None,
 ) -> Any:
@@ -46,7 +47,8 @@ def make_student(
     knows them. "same": a copy of the teacher. What a model keeps in float32 stays so in any dtype.
     keep: layers, instead of the recipe's rule. "kl-restore:N" needs it: make a student with ``keep=()`` and
     ``lora=False``, train it, and go on with `distill.select.kl_restore`, `restore` and `add_lora`.
-    lora: whether the adapters that the recipe asks for are added.
+    lora: whether the adapters that the recipe asks for are added. begin=False: weights will be loaded over the
+    student's, so that it needs neither calibration nor student.start.
     """
     wanted, config = recipe.student, teacher.model.config
     check_family(config)
@@ -62,13 +64,13 @@ def make_student(
         student = (_control if wanted.mixer == "softmax" else _hybrid)(teacher, recipe, kept)
     if wanted.mixer != "softmax" and hasattr(student.config, FRESH):
         delattr(student.config, FRESH)  # the teacher's own past, as a control
-    if wanted.mixer == "kda" and not wanted.start:
+    if wanted.mixer == "kda" and not wanted.start and begin:
         if text is None:
             window = getattr(config, "max_position_embeddings", 2**31)
             text = batches(teacher.tokenizer, window=window).calibration
         calibrate(student, teacher.model, text, report)
     cast(student, DTYPES[recipe.dtype])
-    if wanted.start:
+    if wanted.start and begin:
         _begin_with(student, wanted.start)
     if lora and wanted.lora is not None:
         add_lora(student, wanted.lora, recipe.seed)

@@ -20,6 +20,7 @@ from distill.objectives import Objective, place
 from distill.optimiser import Masters, schedule
 from distill.packing import Batch, Stream, share
 from distill.parallel import Processes
+from distill.plan import StagePlan
 from distill.stage import Stage
 
 
@@ -68,19 +69,21 @@ def listening(minutes: float | None) -> Iterator[Stop]:
 
 
 class Metrics:
-    """OUT/metrics.jsonl: a line a step, a guard, a stage's begin and end; TensorBoard beside it, if wanted."""
+    """OUT/metrics.jsonl: a line a step, a guard's evaluation, a stage's end; TensorBoard beside it, if wanted."""
 
     def __init__(self, file: Path | None, board: Any = None) -> None:
         self._file = None if file is None else open(file, "ab")  # noqa: SIM115  (open as long as the run)
         self._board = board
-        self.full_speed: float | None = None
-        """Tokens a second of the stage if all processes computed at their devices' peak; None where it isn't known."""
+        self.plan: StagePlan | None = None
+        self.peak: float | None = None
+        """FLOP/s of all processes' devices together; None where it isn't known."""
 
     def timed(self, row: dict[str, Any], seconds: float) -> dict[str, Any]:
         """``row`` of a step with its speed: tokens a second, and the share of the devices' peak (MFU)."""
-        speed = row["valid"] / seconds
-        mfu = {} if self.full_speed is None else {"mfu": round(speed / self.full_speed, 4)}
-        return {**row, "seconds": round(seconds, 6), "tokens_per_s": round(speed, 1), **mfu}
+        timed = {**row, "seconds": round(seconds, 6), "tokens_per_s": round(row["valid"] / seconds, 1)}
+        if self.plan is not None and self.peak is not None:
+            timed["mfu"] = round(self.plan.work(row["valid"], row["targets"]) / seconds / self.peak, 4)
+        return timed
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
@@ -100,8 +103,8 @@ class Metrics:
     def cut(self, size: int) -> None:
         """Forget the lines after ``size`` bytes: the steps they tell of are done again."""
         if self._file is not None:
-            self._file.truncate(size)
-            self._file.seek(size)
+            self._file.truncate(min(size, self._file.seek(0, os.SEEK_END)))  # it may be shorter: someone's hand
+            self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         if self._file is not None:
@@ -120,7 +123,9 @@ class Position:
     stage_tokens: int = 0
     """Tokens of the stage that were trained on, padding left out."""
     total_tokens: int = 0
-    """The same over all stages."""
+    """The same over all stages, and before them where the student had a start."""
+    guarded: int = 0
+    """stage_tokens at the guard's last evaluation."""
     stream: dict[str, Any] | None = None
     """Where the stage's data stands."""
 
@@ -185,15 +190,19 @@ def train(
     """Train ``stage`` from ``position`` to its end; returns where it ended.
 
     A step's numbers are read one step later, so that the device never waits for them. ValueError for a loss or a
-    gradient that isn't finite: what was saved before stays. `Stopped` after a signal, everything saved.
+    gradient that isn't finite: what was saved before stays. `Stopped` after a signal, everything saved; a guard's
+    evaluation that was due then comes first when the run goes on.
     """
     if position.stream is not None:
         stream.load_state_dict(position.stream)
     batches = Prefetch(stream)
     pending: _Step | None = None
-    saved, guarded = time.monotonic(), position.total_tokens
+    saved = time.monotonic()
     try:
         while position.step < stage.steps:
+            if position.stage_tokens - position.guarded >= guard_every > 0:
+                position.guarded = position.stage_tokens
+                hooks.guard(position)
             batch, state = batches.next(more=position.step + 1 < stage.steps)
             step = _launch(stage, objective, masters, batch, position, device, processes)
             position.step += 1
@@ -205,20 +214,17 @@ def train(
                 _finish(pending, metrics, hooks, step.begun)
             pending = step
             why = stop.why()
-            halted = processes.agree(why is not None)
-            late = time.monotonic() - saved >= save_seconds
-            due = guard_every > 0 and position.total_tokens - guarded >= guard_every
-            if halted or processes.agree(due or late) or position.step == stage.steps:
+            code, late = processes.largest(-1 if why is None else why[1], time.monotonic() - saved >= save_seconds)
+            halted, last = code >= 0, position.step == stage.steps
+            due = position.stage_tokens - position.guarded >= guard_every > 0
+            if halted or late or due or last:
                 _finish(pending, metrics, hooks, None)
                 pending = None
-            if pending is None and due and position.step < stage.steps:
-                guarded = position.total_tokens
-                hooks.guard(position)
-            if pending is None and (halted or late) and position.step < stage.steps:
+            if (halted or late) and not last:
                 hooks.save(position, masters)
                 saved = time.monotonic()
-            if halted and position.step < stage.steps:
-                sentence, code = why or ("another process was stopped", 1)
+            if halted and not last:
+                sentence = "another process was stopped" if why is None else why[0]
                 raise Stopped(f"{sentence} in {stage.name} at step {position.step} of {stage.steps}", code)
     finally:
         batches.close()
@@ -255,7 +261,8 @@ def _launch(
         host.copy_(numbers, non_blocking=True)
         numbers, ready = host, torch.cuda.Event()
         ready.record()
-    row = {"stage": stage.name, "step": position.step + 1, "lr": lr, "valid": batch.valid}
+    targets = int((batch.weights != 0).sum())
+    row = {"stage": stage.name, "step": position.step + 1, "lr": lr, "valid": batch.valid, "targets": targets}
     return _Step(row=row, batch=batch, numbers=numbers, ready=ready, begun=begun)
 
 

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,16 +68,35 @@ def _data(
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     blocks: dict[str, int] = {}
     items = []
+    asked_of = {
+        key: [(label, prompt.split("\n\n")) for label, prompt in (prompts.get(key, ()) if text else ())]
+        for key in ((row["task"], row["item"]) for row in rows)
+    }
+    of_task = Counter(row["task"] for row in rows)
+    held = Counter(
+        (task, part) for (task, _), asked in asked_of.items() for part in {part for _, parts in asked for part in parts}
+    )
     for row in rows:
         # Few-shot examples are set apart by blank lines and are the same in many prompts: each is kept once.
         asked = [
-            [label, [blocks.setdefault(_middle_out(part, limit), len(blocks)) for part in prompt.split("\n\n")]]
-            for label, prompt in (prompts.get((row["task"], row["item"]), ()) if text else ())
+            [
+                label,
+                [blocks.setdefault(_middle_out(part, limit), len(blocks)) for part in parts],
+                _examples([held[row["task"], part] for part in parts], of_task[row["task"]]),
+            ]
+            for label, parts in asked_of[row["task"], row["item"]]
         ]
         choices = row["choices"] if text else len(row["choices"])
         sides = [_side(row, one, text, limit) for one in who]
         items.append([tasks.index(row["task"]), row["item"], row["stratum"], row["gold"], choices, asked, *sides])
     return {"who": list(who), "tasks": tasks, "verdicts": list(VERDICTS), "blocks": list(blocks), "items": items}
+
+
+def _examples(held: Sequence[int], n: int) -> int:
+    """How many parts of a prompt stand before the item's own; ``held``: how many of the task's ``n`` items hold each.
+    Few-shot examples and instructions are in most. A passage with blank lines, or what a chat template puts behind the
+    question, belongs to the item."""
+    return next((at for at, items in enumerate(held) if 2 * items <= n), 0)
 
 
 def _side(row: Mapping[str, Any], who: str, text: bool, limit: int | None) -> list[Any]:

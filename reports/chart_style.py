@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evalkit.records import GENERATION, LOGLIKELIHOOD
-
 INK, MUTED, GRID = "#222222", "#6b6b6b", "#dcdcdc"
 LL, GEN, ALARM, REST = "#0072B2", "#D55E00", "#CC3311", "#8a8a8a"
 MODE_COLOURS = {"log-likelihood": LL, "generation": GEN}
@@ -17,11 +15,14 @@ FLOW_COLOURS = {
     "truncated": "#56B4E9",
     "empty": "#999999",
 }
-"""After Okabe and Ito (2008): told apart with any colour vision. report.css gives each its dark counterpart."""
+"""After Okabe and Ito (2008): told apart with any colour vision. those that need it have a dark one in report.css."""
 
-MODE_NAMES = {LOGLIKELIHOOD: "log-likelihood", GENERATION: "generation"}
 WIDTH = 460
 """Pixels of a panel in an SVG; in HTML a panel is as wide as its place."""
+PADDING = {"left": 0, "right": 12, "top": 5, "bottom": 5}
+"""On the page: an axis' last label reaches over its end."""
+NARROW = "containerSize()[0] < 420"
+"""A Vega expression: the place is a phone's. False in an SVG, which has no place."""
 
 CONFIG: dict[str, Any] = {
     "background": "transparent",
@@ -36,8 +37,10 @@ CONFIG: dict[str, Any] = {
         "domainColor": MUTED,
         "tickColor": MUTED,
         "gridColor": GRID,
-        "labelLimit": 190,
+        "labelLimit": 240,
+        "labelSeparation": 4,
     },
+    "axisX": {"labelFlush": False},
     "axisY": {"labelPadding": 6},
     "legend": {
         "labelColor": INK,
@@ -49,7 +52,17 @@ CONFIG: dict[str, Any] = {
         "symbolOpacity": 1,
         "offset": 6,
     },
-    "title": {"color": INK, "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 8, "frame": "group"},
+    "title": {
+        "color": INK,
+        "fontSize": 13,
+        "fontWeight": 600,
+        "anchor": "start",
+        "offset": 8,
+        "frame": "bounds",
+        "limit": {"expr": "containerSize()[0] - 5"},
+        "subtitleColor": INK,
+        "subtitleFontSize": 12,
+    },
     "text": {"color": INK, "fontSize": 11},
     "rule": {"color": MUTED},
 }
@@ -90,13 +103,12 @@ def points(value: float) -> float:
     return 100 * value
 
 
-def panel(*layers: Any, title: str = "", rows: Rows, height: Any = None) -> dict[str, Any]:
-    """One view of ``layers`` over ``rows`` as Vega-Lite."""
+def panel(*layers: Any, title: str = "", note: str = "", rows: Rows, height: Any = None) -> dict[str, Any]:
+    """One view of ``layers`` over ``rows`` as Vega-Lite; ``note`` stands below the title."""
     alt = altair()
     chart = alt.layer(*layers)
-    chart = chart.properties(
-        width=WIDTH, **({"title": title} if title else {}), **({"height": height} if height else {})
-    )
+    head = {"title": alt.Title(title, subtitle=note) if note else title} if title else {}
+    chart = chart.properties(width=WIDTH, **head, **({"height": height} if height else {}))
     spec: dict[str, Any] = chart.to_dict()
     for unused in ("config", "$schema", "datasets"):
         spec.pop(unused, None)
@@ -109,7 +121,15 @@ def in_page(spec: dict[str, Any], figure: Figure) -> dict[str, Any]:
     """As wide as its place on the page, with the figure's words for whoever can't see it."""
     fit = {"type": "fit-x", "contains": "padding"}
     told = f"{figure.title}. {figure.caption}"
-    return {"$schema": schema(), "description": told, **spec, "width": "container", "autosize": fit, "config": CONFIG}
+    return {
+        "$schema": schema(),
+        "description": told,
+        **spec,
+        "width": "container",
+        "autosize": fit,
+        "config": CONFIG,
+        "padding": PADDING,
+    }
 
 
 def svg(figure: Figure) -> str:

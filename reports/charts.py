@@ -9,8 +9,8 @@ from reports.chart_style import (
     FLOW_COLOURS,
     INK,
     MODE_COLOURS,
-    MODE_NAMES,
     MUTED,
+    NARROW,
     WHO_COLOURS,
     Figure,
     altair,
@@ -18,7 +18,7 @@ from reports.chart_style import (
     points,
 )
 from reports.explain import overall_flows
-from reports.table import NO_SIGNAL
+from reports.table import NAMES, NO_SIGNAL
 
 OVER_ITEMS = "95 % intervals, of these checkpoints over new items"
 
@@ -51,6 +51,14 @@ def _clustered(tasks: Sequence[dict[str, Any]]) -> bool:
     return any(task["clusters"] < task["n"] for task in tasks)
 
 
+def _names(labels: Sequence[str]) -> Any:
+    """A row's axis. Of a long name the middle is left out, so that its end, with n, is read on a phone as well."""
+    alt = altair()
+    shown = f"truncate(datum.label, {NARROW} ? 24 : 30, 'center')"
+    axis = alt.Axis(grid=False, domain=False, ticks=False, labelExpr=shown)
+    return alt.Y("row:N", sort=list(labels), title=None, axis=axis)
+
+
 def dots(
     rows: Sequence[dict[str, Any]], colours: dict[str, str], *, axis: str, title: str, zero: bool
 ) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def dots(
     alt = altair()
     labels = list(dict.fromkeys(row["row"] for row in rows))
     series = [name for name in colours if any(row["series"] == name for row in rows)]
-    y = alt.Y("row:N", sort=labels, title=None, axis=alt.Axis(grid=False, domain=False, ticks=False))
+    y = _names(labels)
     offset = alt.YOffset("series:N", sort=series, scale=alt.Scale(paddingOuter=0.5))
     colour = alt.Color("series:N", scale=alt.Scale(domain=series, range=[colours[name] for name in series]))
     shape = alt.Shape("series:N", scale=alt.Scale(domain=series, range=["circle", "diamond", "square"][: len(series)]))
@@ -86,21 +94,21 @@ def losses(result: dict[str, Any]) -> Figure:
     overall, rows, between = result["overall"], [], []
     whole = _whole(result)
     for mode, cell in overall["modes"].items() if whole else ():
-        rows.append({"row": whole, "series": MODE_NAMES[mode], "signal": True, **_interval(cell["gap"])})
+        rows.append({"row": whole, "series": NAMES[mode], "signal": True, **_interval(cell["gap"])})
     kind = "hidden_gap" if overall["hidden_gap"] or any(t["hidden_gap"] for t in result["tasks"]) else "protocol_gap"
     cells = [(whole, True, overall[kind])] if whole else []
     for task in result["tasks"]:
         for mode, cell in task["modes"].items():
             label = _label(task, all(task["signal"].values()))
             signal = task["signal"][mode]
-            rows.append({"row": label, "series": MODE_NAMES[mode], "signal": signal, **_interval(cell["gap"])})
+            rows.append({"row": label, "series": NAMES[mode], "signal": signal, **_interval(cell["gap"])})
         gap = task[kind] or (task["protocol_gap"] or {}).get("parts", {}).get("mode")  # a hidden gap in one view
         cells.append((_label(task, all(task["signal"].values())), all(task["signal"].values()), gap))
     for label, signal, gap in cells:
         if gap:
             between.append({"row": label, "series": "raw points", "signal": signal, **_interval(gap)})
             between.append({"row": label, "series": "formula score", "signal": signal, **_interval(gap["formula"])})
-    axis = "loss, teacher − student (points of accuracy)"
+    axis = "points lost (teacher − student)"
     panels = [dots(rows, MODE_COLOURS, axis=axis, title="Loss in each mode", zero=True)]
     name = kind.replace("_", " ")
     if between:
@@ -137,14 +145,14 @@ def accuracies(result: dict[str, Any]) -> Figure:
             for who in ("teacher", "student")
         ]
         if rows:
-            title = f"By {MODE_NAMES[mode]}"
+            title = f"By {NAMES[mode]}"
             panels.append(dots(rows, WHO_COLOURS, axis="accuracy (percent)", title=title, zero=False))
     how = "t with CR2 where items are clustered, else Wilson" if _clustered(result["tasks"]) else "Wilson"
     return Figure(
         name="accuracy",
         title="Accuracy in both modes",
-        caption=f"{_sizes(result['tasks'])}; {OVER_ITEMS} ({how}). Upright tick: the floor, what the teacher would "
-        "score without the skill.",
+        caption=f"{_sizes(result['tasks'])}; {OVER_ITEMS} ({how}). Upright tick: the floor, the best of "
+        "guessing, always the same answer, and ranking the choices without the question.",
         panels=tuple(panels),
     )
 
@@ -155,7 +163,8 @@ def flows(result: dict[str, Any]) -> Figure | None:
     tasks = [task for task in result["tasks"] if task["flows"]]
     if not tasks:
         return None
-    rows, whole = [], _whole(result)
+    rows: list[dict[str, Any]] = []
+    whole = _whole(result)
     cells = [(whole, kind, net, None, None) for kind, net in overall_flows(result) if whole]
     for task in tasks:
         label = _label(task, task["signal"][GENERATION])
@@ -167,11 +176,15 @@ def flows(result: dict[str, Any]) -> Figure | None:
         if kind in kinds:
             rows.append({"row": label, "outcome": kind, "lost": lost, "gained": gained, **_interval(net)})
     scale = alt.Scale(domain=kinds, range=[FLOW_COLOURS[kind] for kind in kinds])
-    colour = alt.Color("outcome:N", scale=scale, legend=alt.Legend(columns=3))
+    colour = alt.Color("outcome:N", scale=scale, legend=alt.Legend(columns=alt.expr(f"{NARROW} ? 2 : 3")))
     zero = alt.Chart().mark_rule(color=MUTED).encode(x=alt.datum(0))
-    told = ["row:N", "outcome:N", *(alt.Tooltip(f"{key}:Q", format="+.1f") for key in ("mean", "low", "high"))]
+    told = [
+        alt.Tooltip("row:N", title="task"),
+        "outcome:N",
+        *(alt.Tooltip(f"{key}:Q", format="+.1f") for key in ("mean", "low", "high")),
+    ]
     labels = list(dict.fromkeys(row["row"] for row in rows))
-    y = alt.Y("row:N", sort=labels, title=None, axis=alt.Axis(grid=False, domain=False, ticks=False))
+    y = _names(labels)
     bars = (
         alt.Chart()
         .mark_bar(height=16)
@@ -192,9 +205,7 @@ def flows(result: dict[str, Any]) -> Figure | None:
             color=alt.Color("outcome:N", scale=scale, legend=None),
         )
         error = base.mark_rule(color=INK, strokeWidth=1.5).encode(x="low:Q", x2="high:Q")
-        panels.insert(
-            0, panel(zero, bar, error, title=str(rows[0]["row"]).capitalize(), rows=first, height=26 * len(first))
-        )
+        panels.insert(0, panel(zero, bar, error, title=rows[0]["row"], rows=first, height=26 * len(first)))
     if not panels:
         return None
     return Figure(
@@ -244,7 +255,7 @@ def flips(result: dict[str, Any], items: Sequence[dict[str, Any]]) -> Figure | N
         cells = base.mark_rect(stroke="#ffffff", strokeWidth=1).encode(color=fill)
         numbers = base.mark_text(fontSize=12).encode(text=alt.Text("items:Q", format=","), color=text)
         panels.append(
-            panel(cells, numbers, title=f"By {MODE_NAMES[mode]} (n = {n:,})", rows=rows, height=38 * len(kinds))
+            panel(cells, numbers, title=f"By {NAMES[mode]}", note=f"n = {n:,}", rows=rows, height=38 * len(kinds))
         )
     if not panels:
         return None

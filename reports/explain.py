@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from evalkit.selection import digest
@@ -12,10 +13,9 @@ from evalkit.store import MANIFEST
 from reports.cells import inline
 from reports.compare import SCHEMA
 from reports.markdown import sentence
-from reports.table import percent, signed, unread
+from reports.table import NAMES, percent, signed, unread
 from reports.why import plain
 
-NAMES = {"loglikelihood": "log-likelihood", "generation": "generation"}
 SHOWN = 160
 """Characters of a reply in an example."""
 
@@ -57,7 +57,7 @@ def _read(text: str) -> Any:
 
 def explain(result: dict[str, Any], items: Sequence[dict[str, Any]], folder: str) -> str:
     """The page, as Markdown that reads as plain text too; ``folder`` goes into the next command."""
-    verdict = _section("Verdict", [sentence(result)])
+    verdict = _section("Verdict", [inline(sentence(result))])
     return "\n\n".join([f"# {title(result)}", *verdict, *explain_sections(result, items, folder)]) + "\n"
 
 
@@ -242,10 +242,10 @@ def _next(result: dict[str, Any], folder: str) -> list[str]:
     used = _used(result)
     worst = max(used, key=lambda t: max(float(c["gap"]["mean"]) for c in t["modes"].values()), default=None)
     if worst is not None:
-        lines.append(f"`evalkit show {folder} --task {worst['name']}` prints the items that differ.")
+        lines.append(f"`evalkit show {quote(folder)} --task {quote(worst['name'])}` prints the items that differ.")
     said = [task["modes"]["generation"] for task in result["tasks"] if "generation" in task["modes"]]
     if any(max(unread(cell[who]) for who in ("teacher", "student")) > 0.05 for cell in said):
-        runs = " ".join(result[who]["run"] or who.upper() for who in ("teacher", "student"))
+        runs = " ".join(quote(result[who]["run"] or who.upper()) for who in ("teacher", "student"))
         lines.append(
             f"More than 5 % of some replies are unread: `evalkit audit {runs}` measures the extraction's error."
         )

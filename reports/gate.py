@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode
+from evalkit.records import MODES, Mode
 from evalkit.stats.intervals import Interval
 from evalkit.stats.noninferiority import Decision, Losses, average, decide, items_needed, p_above
 from evalkit.stats.paired_tests import holm
 from evalkit.store import Run
 from reports.baseline import HASH, LETTERS, Baseline, BaselineTask
+from reports.table import NAMES
 
 Result = Literal["pass", "regression", "inconclusive", "not comparable"]
 EXIT: dict[Result, int] = {"pass": 0, "regression": 1, "inconclusive": 3, "not comparable": 3}
@@ -241,9 +242,6 @@ def _guardrails(losses: dict[tuple[str, Mode], Losses], margins: Margins, level:
         )
         for ((name, mode), part), adjusted in zip(losses.items(), p, strict=True)
     )
-
-
-NAMES = {LOGLIKELIHOOD: "log-likelihood", GENERATION: "generation"}
 
 
 def sentence(verdict: Verdict) -> str:

@@ -13,8 +13,8 @@ from evalkit.stats.intervals import wilson
 from evalkit.store import Run, write_json, write_text
 from reports.baseline import baseline_of
 from reports.cells import inline, table_of
-from reports.gate import NAMES, Margins, Verdict, exit_code, losses_of, sentence
-from reports.table import percent
+from reports.gate import Margins, Verdict, exit_code, losses_of, sentence
+from reports.table import NAMES, percent
 from reports.why_markdown import p_value
 
 SCHEMA = "evalkit.check/1"

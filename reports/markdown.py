@@ -9,12 +9,12 @@ from reports.cells import inline as _inline
 from reports.cells import table_of as _table
 from reports.probe import HEADERS as PROBE_HEADERS
 from reports.probe import probe_rows, probe_sentence
-from reports.table import HEADERS, SHORT, caption, lines, percent, signed
+from reports.table import HEADERS, NAMES, SHORT, caption, lines, percent, signed
 from reports.why_markdown import log_odds_appendix, why_sections
 
 
 def compare_markdown(result: dict[str, Any]) -> str:
-    return "\n\n".join([f"# {title(result)}", sentence(result), *compare_sections(result)]) + "\n"
+    return "\n\n".join([f"# {title(result)}", _inline(sentence(result)), *compare_sections(result)]) + "\n"
 
 
 def title(result: dict[str, Any]) -> str:
@@ -41,7 +41,7 @@ def compare_sections(result: dict[str, Any]) -> list[str]:
 
 
 def sentence(result: dict[str, Any]) -> str:
-    """The result in a sentence for each kind of gap, with its interval, and no more than it shows."""
+    """The result in a sentence for each kind of gap, with its interval, and no more than it shows; plain text."""
     overall = result["overall"]
     if not overall["tasks"]:
         return (
@@ -51,9 +51,8 @@ def sentence(result: dict[str, Any]) -> str:
     kinds = [kind for kind in ("hidden_gap", "protocol_gap") if overall[kind]]
     if not kinds:
         ((mode, only),) = overall["modes"].items()
-        return (
-            f"Student against teacher by {mode}: a gap of {signed(only['gap'])} points over {_over(overall['tasks'])}."
-        )
+        gap = signed(only["gap"])
+        return f"Student against teacher by {NAMES[mode]}: a gap of {gap} points over {_over(overall['tasks'])}."
     return " ".join(_gap_sentence(kind.replace("_", " "), overall[kind]) for kind in kinds)
 
 

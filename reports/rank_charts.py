@@ -6,9 +6,9 @@ from typing import Any
 from scipy.stats import rankdata
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode
-from reports.chart_style import ALARM, INK, LL, MODE_COLOURS, MODE_NAMES, MUTED, REST, Figure, altair, panel, points
+from reports.chart_style import ALARM, INK, LL, MODE_COLOURS, MUTED, REST, Figure, altair, panel, points
 from reports.charts import dots
-from reports.table import NO_SIGNAL
+from reports.table import NAMES, NO_SIGNAL
 
 LABELLED = 12
 """Of more checkpoints than this only the reversed ones are named in the charts."""
@@ -44,11 +44,11 @@ def scatter(result: dict[str, Any]) -> Figure:
     cells = _cells(result)
     for at, (name, n, cell) in enumerate(cells):
         rows = [_accuracy(p, found) for p, found in zip(result["checkpoints"], cell["accuracy"], strict=True)]
-        told = ["checkpoint:N", *(alt.Tooltip(f"{mode}:Q", format=".1f", title=MODE_NAMES[mode]) for mode in MODES)]
+        told = ["checkpoint:N", *(alt.Tooltip(f"{mode}:Q", format=".1f", title=NAMES[mode]) for mode in MODES)]
         base = alt.Chart().encode(tooltip=told)
 
         def axis(mode: Mode, kind: Any, tail: str = "") -> Any:
-            title = f"accuracy by {MODE_NAMES[mode]} (percent)"
+            title = f"accuracy by {NAMES[mode]} (percent)"
             return kind(
                 f"{mode}{tail}:Q", title=title, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8)
             )
@@ -68,7 +68,7 @@ def scatter(result: dict[str, Any]) -> Figure:
             layers.append(text.encode(x=x, y=y, text="checkpoint:N"))
         found = cell["rankings"][cell["normalisation"]]
         tau = "" if found["tau"] is None else f", tau {found['tau']:.2f}"
-        panels.append(panel(*layers, title=f"{name} (n = {n:,}){tau}", rows=rows, height=300 if at == 0 else 220))
+        panels.append(panel(*layers, title=name, note=f"n = {n:,}{tau}", rows=rows, height=300 if at == 0 else 220))
     return Figure(
         name="scatter",
         title="Log-likelihood against generation over checkpoints",
@@ -91,7 +91,7 @@ def slopes(result: dict[str, Any]) -> Figure | None:
     for at, label in enumerate(labels):
         kind = "in a reversal that is resolved" if any(label in pair for pair in reversed_) else "other"
         for x, mode in enumerate(MODES):
-            row = {"what": "line", "checkpoint": label, "kind": kind, "x": x, "mode": MODE_NAMES[mode]}
+            row = {"what": "line", "checkpoint": label, "kind": kind, "x": x, "mode": NAMES[mode]}
             rows.append({**row, "rank": ranks[mode][at], "accuracy": points(means[mode][at])})
     ll, gen = ranks[LOGLIKELIHOOD], ranks[GENERATION]
     for i, j in combinations(range(len(labels)), 2):
@@ -118,7 +118,7 @@ def slopes(result: dict[str, Any]) -> Figure | None:
         "rank:Q",
         title="rank (1: best)",
         scale=alt.Scale(domain=[len(labels) + 0.5, 0.5], nice=False),
-        axis=alt.Axis(grid=False, tickMinStep=1, format="d", domain=False),
+        axis=alt.Axis(grid=False, values=list(range(1, len(labels) + 1)), domain=False, ticks=False),
     )
     line = alt.Chart().transform_filter("datum.what == 'line'")
     cross = alt.Chart().transform_filter("datum.what == 'cross'")
@@ -163,7 +163,7 @@ def training(result: dict[str, Any]) -> Figure | None:
                 "tokens": point["tokens"],
                 "checkpoint": point["label"],
                 "line": f"{point['recipe']} {point['seed']} {mode}",
-                "mode": MODE_NAMES[mode],
+                "mode": NAMES[mode],
                 "accuracy": points(found[mode]["mean"]),
                 "low": points(found[mode]["ci95"][0]),
                 "high": points(found[mode]["ci95"][1]),
@@ -187,7 +187,7 @@ def training(result: dict[str, Any]) -> Figure | None:
             base.mark_line(strokeWidth=1.8).encode(y=y, detail="line:N"),
             base.mark_point(filled=True, size=55, opacity=1).encode(y=y, shape=shape),
         ]
-        panels.append(panel(*layers, title=f"{name} (n = {n:,})", rows=rows, height=260 if at == 0 else 200))
+        panels.append(panel(*layers, title=name, note=f"n = {n:,}", rows=rows, height=260 if at == 0 else 200))
     return Figure(
         name="training",
         title="Along training",
@@ -202,7 +202,7 @@ def run_figures(summary: dict[str, Any]) -> list[Figure]:
     rows = [
         {
             "row": f"{task['name']} (n = {task['n']:,})",
-            "series": MODE_NAMES[mode],
+            "series": NAMES[mode],
             "signal": True,
             "mean": points(cell["accuracy"]),
             "low": points(cell["ci95"][0]),

@@ -9,7 +9,7 @@ from evalkit.store import MANIFEST, Run, read_run, write_text
 from reports import export
 from reports.browse import Prompts, prompts_of, run_rows
 from reports.cells import inline, table_of
-from reports.chart_style import MODE_NAMES, Figure, svg
+from reports.chart_style import Figure, svg
 from reports.charts import comparison_figures
 from reports.checkpoints import checkpoints
 from reports.explain import explain_sections, read_comparison
@@ -23,7 +23,7 @@ from reports.rank_markdown import sentence as rank_sentence
 from reports.rank_markdown import title as rank_title
 from reports.show import run_behind
 from reports.summary import run_summary
-from reports.table import HEADERS, lines, percent
+from reports.table import HEADERS, NAMES, lines, percent
 from reports.validity import Check, checks, read_calibration
 
 FORMATS = ("md", "html")
@@ -61,7 +61,13 @@ def read_report(folders: Sequence[Path], text: bool = True) -> Report:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; give a comparison's, or those of finished runs")
+    if twice := [folder for at, folder in enumerate(folders) if folder in folders[:at]]:
+        raise ValueError(f"{twice[0]} is given twice; give each run once")
     if len(folders) == 1 and not (folders[0] / MANIFEST).is_file():
+        if not (folders[0] / "compare.json").is_file():
+            raise ValueError(
+                f"{folders[0]} has no compare.json and no {MANIFEST}; give the folder of a comparison or of a run"
+            )
         return of_comparison(folders[0], text)
     compared = [folder for folder in folders if (folder / "compare.json").is_file()]
     if compared:
@@ -74,10 +80,10 @@ def of_comparison(folder: Path, text: bool) -> Report:
     result, items = read_comparison(folder)
     names = (result["teacher"]["name"], result["student"]["name"])
     rows = [line.cells for line in lines(result)]
-    caption = plain(f"{comparison_title(result)}. {sentence(result)}")
+    caption = f"{plain(comparison_title(result))}. {sentence(result)}"
     return Report(
         title=comparison_title(result),
-        lead=sentence(result),
+        lead=inline(sentence(result)),
         figures=tuple(comparison_figures(result, items)),
         sections=tuple(explain_sections(result, items if text else [], str(folder))),
         tables=tuple(compare_sections(result)),
@@ -149,8 +155,13 @@ def of_run(run: Run, text: bool) -> Report:
     headers = ("Task", "n", "Mode", "View", *ACCURACY)
     model = run.manifest.model
     lead = "; ".join(
-        f"{inline(row['task'])} by {MODE_NAMES[row['mode']]} {percent(row['accuracy'])} % {_bounds(row)}"
-        for row in rows
+        f"{inline(task['name'])} (n = {task['n']:,}): "
+        + ", ".join(
+            f"{percent(row['accuracy'])} % {_bounds(row)} by {NAMES[row['mode']]}"
+            for row in rows
+            if row["task"] == task["name"]
+        )
+        for task in summary["tasks"]
     )
     return Report(
         title=f"Accuracy of {inline(model.name)}",

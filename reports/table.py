@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 SHORT = {"loglikelihood": "LL", "generation": "GEN"}
+NAMES = {"loglikelihood": "log-likelihood", "generation": "generation"}
 NO_SIGNAL = "∅"
 IN_FORMULA = "in formula"
 WIDE = 116

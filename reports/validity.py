@@ -71,7 +71,10 @@ def _rate(counts: Sequence[dict[str, int]], kinds: Sequence[str]) -> tuple[float
 def _floor(calibration: dict[str, Any] | None) -> Check:
     name = "A/A floor"
     if calibration is None:
-        told = f"not measured; `evalkit check --calibrate` measures it: put its {FILE} beside compare.json"
+        told = (
+            "how often a model differs from itself was not measured; `evalkit check --calibrate` does: put its "
+            f"{FILE} beside compare.json"
+        )
         return Check(name=name, told=told, fine=None)
     worst = max(calibration["cells"], key=lambda cell: float(cell["flips"]))
     low, high = (percent(bound) for bound in worst["ci95"])

@@ -23,6 +23,7 @@
       actions: { export: true, source: false, compiled: false, editor: false },
     };
     for (const [id, spec] of Object.entries(told("chart-data"))) await window.vegaEmbed(byId(id), spec, options);
+    for (const menu of document.querySelectorAll(".vega-embed > details > summary")) menu.setAttribute("aria-label", "Save this chart");
     document.documentElement.dataset.charts = "drawn";
   }
 
@@ -78,11 +79,11 @@
     "gained-ll": (item, sides) => sides.some((side) => wrong(item[SIDES][LL]) && correct(side[LL])),
   };
 
-  /** What an item's text is searched in; its own part of the prompt is the last block of each. */
+  /** What an item's text is searched in: of a prompt its own part, without the examples before it. */
   function textOf(item) {
     const parts = [item[1], item[2]];
     if (Array.isArray(item[4])) parts.push(...item[4]);
-    for (const [, blocks] of item[5]) parts.push(data.blocks[blocks[blocks.length - 1]]);
+    for (const [, blocks, own] of item[5]) for (const at of blocks.slice(own)) parts.push(data.blocks[at]);
     for (const side of item.slice(SIDES)) parts.push((side[BEFORE] || "") + (side[SPAN] || "") + (side[AFTER] || ""));
     return parts.join("\n").toLowerCase();
   }
@@ -144,28 +145,31 @@
 
   function show(at) {
     current = at;
-    for (const button of byId("list").querySelectorAll("button"))
-      button.setAttribute("aria-current", Number(button.dataset.at) === at);
+    for (const button of byId("list").querySelectorAll("button")) {
+      const chosen = Number(button.dataset.at) === at;
+      button.setAttribute("aria-current", chosen);
+      button.tabIndex = chosen ? 0 : -1; // Tab stops at the list once; the arrow keys move within it
+    }
     byId("detail").replaceChildren(...(at < 0 ? [make("p", "No item matches.", "note")] : detail(data.items[at])));
   }
 
   function detail(item) {
     const heading = make("h3", `${data.tasks[item[0]]} · ${item[1]}${item[2] ? ` · ${item[2]}` : ""}`);
     const sides = item.slice(SIDES);
-    return [heading, ...item[5].map(([which, blocks]) => prompt(which, blocks)), choices(item, sides),
+    return [heading, ...item[5].map(([which, blocks, own]) => prompt(which, blocks, own)), choices(item, sides),
       make("div", "", "sides", ...sides.map(side))];
   }
 
   /** The question opens; the examples before it are folded. */
-  function prompt(which, blocks) {
+  function prompt(which, blocks, own) {
     const parts = blocks.map((at) => data.blocks[at]);
     const box = make("div", "", "", make("p", `Prompt (${which})`, "note"));
-    if (parts.length > 1) {
-      const before = make("details", "", "", make("summary", `${parts.length - 1} parts before it`));
-      before.append(make("pre", parts.slice(0, -1).join("\n\n")));
+    if (own) {
+      const before = make("details", "", "", make("summary", `${own} part${own > 1 ? "s" : ""} before it, as in other prompts`));
+      before.append(make("pre", parts.slice(0, own).join("\n\n")));
       box.append(before);
     }
-    box.append(make("pre", parts[parts.length - 1]));
+    box.append(make("pre", parts.slice(own).join("\n\n")));
     return box;
   }
 

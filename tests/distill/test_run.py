@@ -1,8 +1,9 @@
 """A run: what it leaves on disk, and that a stopped one goes on bit for bit."""
 
-import errno
 import json
 import os
+import resource
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,116 @@ def test_a_run_stopped_in_any_stage_ends_with_the_same_weights_and_metrics(
     expected = whole / "checkpoints" / ended.name
     found, wanted = weights(ended), weights(expected)
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    timeless = [
-        [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines(one)]
-        for one in (whole, out)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(out) == timeless(whole)
+
+
+def timeless(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock says."""
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines(out)]
+
+
+@pytest.mark.parametrize(("steps", "killed"), [(1, False), (2, False), (8, False), (8, True)])
+def test_the_guard_keeps_its_rhythm_over_a_stop(tmp_path: Path, steps: int, killed: bool) -> None:
+    recipe = tiny_recipe(guard={"tasks": ["arithmetic"], "items": 2, "every": 150})
+    run(recipe, tmp_path / "whole")
+
+    def killer(row: dict[str, Any]) -> None:
+        if killed and "guard" in row and row["stage"] == "distill":
+            raise KeyboardInterrupt  # the guard's line is written, and nothing saved after it
+
+    with pytest.raises(KeyboardInterrupt if killed else Stopped):
+        run(recipe, tmp_path / "run", stop=After(99 if killed else steps), report=killer)
+    run(recipe, tmp_path / "run", resume=True)
+    found = timeless(tmp_path / "run")
+    assert found == timeless(tmp_path / "whole")
+    # In the middle, once 150 tokens are done, and at each stage's end.
+    guards = [(line["stage"], line["tokens"] >= 300) for line in found if "guard" in line]
+    assert guards[:4] == [("align-qk", False), ("align-qk", True), ("align-block", False), ("align-block", True)]
+
+
+@pytest.mark.parametrize("mixer", ["kda", "softmax"])
+def test_a_student_that_starts_from_a_checkpoint_has_its_weights_and_counts_its_tokens(
+    tmp_path: Path, mixer: str
+) -> None:
+    base = changed(
+        tiny_recipe().model_dump(mode="json"),
+        [f"student.mixer={mixer}", *(["stages.align-qk.train=[q, k]"] if mixer == "softmax" else [])],
+    )
+    first = parse({**base, "stages": base["stages"][:2]})
+    ended = run(first, tmp_path / "first")
+    start = {**base["student"], "start": str(tmp_path / "first")}
+    second = parse({**base, "student": start, "stages": base["stages"][2:]})
+    teacher, seen = loaded(), {}
+
+    def begun(row: dict[str, Any]) -> None:
+        if row.get("begin") and not seen:
+            state = torch.load(tmp_path / "second" / "state" / "state.pt", weights_only=True)
+            seen.update(state["student"], tokens=state["position"]["total_tokens"])
+
+    with pytest.raises(Stopped):
+        run(second, tmp_path / "second", teacher, report=begun, stop=After(2))
+    before = int(ended.name.rpartition("-")[2])
+    assert seen.pop("tokens") == before > 0
+    given = weights(ended)
+    assert given.keys() == seen.keys() and all(torch.equal(given[name], one) for name, one in seen.items())
+    shutil.rmtree(tmp_path / "first")  # a resumed run has all that it needs
+    last = run(second, tmp_path / "second", teacher, resume=True)
+    trained = sum(line["valid"] for line in lines(tmp_path / "second") if "loss" in line)
+    assert load(str(last)).checkpoint["tokens"] == before + trained == int(last.name.rpartition("-")[2])
+
+
+def test_a_start_that_is_built_otherwise_is_refused(tmp_path: Path) -> None:
+    base = tiny_recipe().model_dump(mode="json")
+    ended = run(parse({**base, "stages": base["stages"][:1]}), tmp_path / "first")
+    for change in ("student.keep='0'", "student.mixer=softmax", "student.output_gate=false"):
+        parts = [change, f"student.start={ended}", "stages.align-qk.train=[q, k]"]
+        with pytest.raises(ValueError, match="which is built otherwise .*: expected a checkpoint of the same student"):
+            run(parse(changed(base, parts)), tmp_path / "second")
+    control = [*("student.mixer=softmax", "stages.align-qk.train=[q, k]")]
+    ended = run(parse(changed({**base, "stages": base["stages"][:1]}, control)), tmp_path / "control")
+    with pytest.raises(ValueError, match=r"mixers in layers \[0, 2\], here \[1, 2\]\): expected a checkpoint of the"):
+        run(parse(changed(base, [*control, "student.keep='0'", f"student.start={ended}"])), tmp_path / "second")
+
+
+def test_data_and_groups_of_every_stage_are_looked_at_before_the_first_begins(tmp_path: Path) -> None:
+    base, out = tiny_recipe().model_dump(mode="json"), tmp_path / "run"
+    with pytest.raises(ValueError, match="no chat file matches 'absent.jsonl'"):
+        run(parse(changed(base, ["data.chat=[{chat: [absent.jsonl]}]"])), out)
+    with pytest.raises(ValueError, match="'output_gate', which holds no parameter"):
+        run(parse(changed(base, ["student.output_gate=false", "stages.instruct.train=[output_gate]"])), out)
+    assert lines(out) == []
+    run(parse(base), out, stage="align-qk")  # nothing was kept, so nothing must be resumed
+
+
+def test_a_resume_with_another_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(tiny_recipe(), tmp_path / "run", stop=After(2))
+    other = tiny_teacher("llama", vocab_size=400)
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    with pytest.raises(ValueError, match="run of another teacher: tiny has other weights or another tokenizer"):
+        run(tiny_recipe(), tmp_path / "run", describe(other, tiny_tokenizer(), "tiny"), resume=True)
+
+
+def test_the_teacher_gets_no_gradient_and_no_training_and_both_stay_in_evaluation_mode(tmp_path: Path) -> None:
+    teacher = loaded()
+    before = {name: one.clone() for name, one in teacher.model.state_dict().items()}
+    run(tiny_recipe(), tmp_path / "run", teacher)
+    assert not teacher.model.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.model.parameters())
+    assert all(torch.equal(before[name], one) for name, one in teacher.model.state_dict().items())
+
+
+def test_metrics_are_cut_back_and_never_filled_up(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for known, kept in ((8, b'{"a": 1}'[:8]), (100, b'{"a": 1}\n{"b": 2}\n'), (0, b"")):
+        file.write_bytes(b'{"a": 1}\n{"b": 2}\n')
+        metrics = distill.train.Metrics(file)
+        metrics.cut(known)
+        assert metrics.size() == len(kept)
+        metrics.write({"c": 3})
+        metrics.close()
+        assert file.read_bytes() == kept + b'{"c": 3}\n'
 
 
 def test_a_run_killed_between_two_saves_redoes_the_steps_since(whole: Path, tmp_path: Path) -> None:
@@ -178,22 +284,25 @@ def test_a_loss_that_is_nan_stops_the_run_names_the_batch_and_keeps_what_was_sav
     run(tiny_recipe(), out, resume=True)
 
 
-def test_a_full_disk_leaves_the_state_before_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_state_before_intact(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(Stopped):
         run(tiny_recipe(), out, stop=After(4))
     before = (out / "state" / "state.pt").read_bytes()
 
-    def full(state: Any, file: Path) -> None:
-        file.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-
-    monkeypatch.setattr(distill.run.torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        run(tiny_recipe(), out, resume=True)
+    # A file of at most 50 kB: the state and the weights don't fit, the metrics do.
+    before_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before_limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"state.pt could not be written \(.*File too large\); what was saved before"):
+            run(tiny_recipe(), out, resume=True, save_seconds=0.0)
+        with pytest.raises(OSError, match=r"align-block-\d+ could not be written \(.*too large.*--resume"):
+            run(tiny_recipe(), out, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before_limit)
     assert (out / "state" / "state.pt").read_bytes() == before
-    assert not list(out.glob(".state.*")), "nothing half-written stays"
-    monkeypatch.undo()
+    assert os.listdir(out / "state") == ["state.pt"], "nothing half-written stays"
+    assert not list((out / "checkpoints").glob(".*"))
     run(tiny_recipe(), out, resume=True)
 
 
@@ -223,7 +332,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tiny_recipe(), tmp_path / "run", stop=After(2))
     (tmp_path / "run" / "state" / "state.pt").write_bytes(b"no zip")
-    with pytest.raises(ValueError, match="state can't be read .* its checkpoints are whole"):
+    with pytest.raises(ValueError, match="state.pt can't be read .* its checkpoints are whole"):
         run(tiny_recipe(), tmp_path / "run", resume=True)
 
 
@@ -232,8 +341,8 @@ def test_one_stage_alone_runs_after_those_before_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage 'distil' is not in the recipe"):
         run(tiny_recipe(), out, stage="distil")
     with pytest.raises(ValueError, match="needs align-qk first"):
-        run(tiny_recipe(), out, stage="distill", resume=True)
-    assert run(tiny_recipe(), out, stage="align-qk", resume=True).name.startswith("align-qk-")
+        run(tiny_recipe(), out, stage="distill")
+    assert run(tiny_recipe(), out, stage="align-qk").name.startswith("align-qk-")
     assert run(tiny_recipe(), out, stage="align-block", resume=True).name.startswith("align-block-")
     with pytest.raises(ValueError, match="is done already"):
         run(tiny_recipe(), out, stage="align-qk", resume=True)

@@ -25,6 +25,8 @@ ATTACK = (
 def attacked(run: Run) -> Run:
     """``run`` with script wherever a model or a benchmark puts text."""
     records = run.records("letters")
+    for item, record in list(records.items()):
+        records[item] = replace(record, prompts={"open": f"{ATTACK}\n\n{record.prompts['open']}"})
     for at, (item, record) in enumerate(list(records.items())[:3]):
         ll, gen = record.outcomes
         reply = f"{ATTACK} so 7 {at}"
@@ -33,7 +35,7 @@ def attacked(run: Run) -> Run:
             record,
             choices=(ATTACK, *record.choices[1:]),
             stratum=ATTACK,
-            prompts={"open": f"{ATTACK}\n\n{ATTACK}"},
+            prompts={"open": f"{ATTACK}\n\n{ATTACK} {at}"},
             outcomes=(replace(ll, choice=0, answer=ATTACK), replace(gen, reply=reply, span=span)),
         )
     return run
@@ -164,7 +166,7 @@ def test_an_item_shows_prompt_choices_and_both_replies(visit: Visit, report: Pat
     visit.page.fill("#search", row["item"])
     assert visit.count() == 1
     shown = visit.page.inner_text("#detail")
-    assert row["teacher_reply"] in shown and row["student_reply"] in shown and "2 parts before it" in shown
+    assert row["teacher_reply"] in shown and row["student_reply"] in shown and "3 parts before it" in shown
     assert all(choice in shown for choice in row["choices"])
     assert all(f"{value:.3f}" in shown for who in ("teacher", "student") for value in row[f"{who}_logprobs"])
     low, high = row["student_span"]
@@ -195,6 +197,62 @@ def test_copy_buttons_give_latex_csv_and_a_citation(visit: Visit, report: Path) 
         visit.page.click(f"[data-copy={name}]")
         visit.page.wait_for_selector(f"#copied:text('Copied {name}.')")
         assert visit.page.evaluate("navigator.clipboard.readText()").startswith(begins)
+
+
+def test_tab_stops_at_the_list_once_and_every_menu_has_a_name(visit: Visit, report: Path) -> None:
+    visit.open(report)
+    assert visit.page.locator("#list button").count() == 50
+    assert visit.page.locator('#list button[tabindex="0"]').count() == 1
+    visit.page.locator("#list button").first.focus()
+    visit.page.keyboard.press("ArrowDown")
+    assert visit.page.locator('#list button[tabindex="0"]').inner_text() == visit.page.evaluate(
+        "document.activeElement.innerText"
+    )
+    visit.page.keyboard.press("Tab")
+    assert visit.page.evaluate("document.activeElement.id") == "next"
+    assert visit.page.locator('.vega-embed summary[aria-label="Save this chart"]').count() == 8
+
+
+CLIPPED = """[...document.querySelectorAll(".chart svg")].flatMap((svg) => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].filter((text) => {
+    const own = text.getBoundingClientRect();
+    return own.width && (own.left < box.left - 1 || own.right > box.right + 1);
+  }).map((text) => text.textContent);
+})"""
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_no_word_of_a_chart_is_cut_off(browser: Any, tmp_path: Path, width: int) -> None:
+    """Not with long names either, whose end says n."""
+    tasks = ("a_benchmark_whose_name_is_much_longer_than_most", "another_benchmark_with_a_long_name")
+    sides = (("teacher", (0.8, 0.75), 1), ("student", (0.75, 0.5), 2), ("third", (0.5, 0.3), 3))
+    runs = [
+        realistic_run(tasks, 40, name=name, skill=skill, seed=seed, folder=tmp_path / name)
+        for name, skill, seed in sides
+    ]
+    Comparison(*runs[:2]).save(tmp_path / "compare")
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    visit = Visit(context.new_page())
+    for folders in ([tmp_path / "compare"], [tmp_path / name for name, *_ in sides]):
+        save_report(read_report(folders), tmp_path, ["html"])
+        visit.open(tmp_path / "report.html")
+        assert visit.page.evaluate(CLIPPED) == []
+        labels = visit.page.locator("#losses .role-axis-label text, #slopes .role-axis-label text").all_text_contents()
+        if len(folders) == 1:
+            assert sum(label.endswith("(n = 40)") for label in labels) == 4, labels
+        else:
+            assert {"1", "2", "3", "log-likelihood", "generation"} == set(labels)
+    context.close()
+
+
+def test_paper_shows_every_table_whole(visit: Visit, report: Path) -> None:
+    visit.page.set_viewport_size({"width": 720, "height": 1000})  # A4
+    visit.open(report)
+    visit.page.emulate_media(media="print")
+    visit.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert visit.page.locator("#tables").evaluate("details => details.open")
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 720
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

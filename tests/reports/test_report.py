@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -17,13 +18,15 @@ import pytest
 from evalkit import api_reports
 from evalkit.records import GENERATION, LOGLIKELIHOOD, VERDICTS
 from evalkit.settings import Settings
-from evalkit.store import Run
+from evalkit.store import Run, read_run
 from reports import browse
 from reports.browse import packed, prompts_of, run_rows
 from reports.chart_style import Figure
 from reports.charts import comparison_figures
 from reports.compare import Comparison
+from reports.explain import explain, read_comparison
 from reports.export import citation, latex_table
+from reports.markdown import sentence
 from reports.markup import to_html
 from reports.page import page
 from reports.rank import Ranks
@@ -207,13 +210,29 @@ def test_the_browser_gets_every_prompt_choice_and_reply_whole() -> None:
         for side, run in zip(sides, runs.values(), strict=True):
             record = run.records(data["tasks"][task])[item]
             ll, gen = record.outcomes
-            assert {label: "\n\n".join(data["blocks"][i] for i in parts) for label, parts in asked} == record.prompts
+            assert {label: "\n\n".join(data["blocks"][i] for i in parts) for label, parts, _ in asked} == record.prompts
             assert (tuple(choices), gold) == (record.choices, record.gold)
             assert (VERDICTS[side[0]], side[1], VERDICTS[side[3]]) == (ll.outcome, ll.choice, gen.outcome)
             assert side[2] == pytest.approx(ll.logprobs, abs=6e-4)
             assert side[4] + side[5] + side[6] == gen.reply
             assert side[5] == ("" if gen.span is None else gen.reply[slice(*gen.span)])
     assert [part[5] for part in data["items"][0][6:7]] == ["7"], "the span is cut by code points"
+
+
+def test_an_items_own_part_of_a_prompt_is_told_from_the_examples_before_it() -> None:
+    """Also where the question has blank lines, and where a chat template puts an empty thinking block behind it."""
+    run = two(n=40)[0]
+    for name in TASKS:
+        records = run.records(name)
+        for at, (item, record) in enumerate(list(records.items())):
+            *shots, question = record.prompts["open"].split("\n\n")
+            asked = [*shots, f"Passage {at // 4}", question, "<think>", "</think>", ""]
+            records[item] = replace(record, prompts={"open": "\n\n".join(asked)})
+    data = unpacked(packed(run_rows({"m": run}), ("m",), prompts_of({"m": run}), True)[0])
+    for at, (*_, asked, _) in enumerate(data["items"]):
+        [(_, parts, own)] = asked
+        assert own == 2 and data["blocks"][parts[own]] == f"Passage {at % 40 // 4}"
+        assert data["blocks"][parts[own + 1]].startswith("Question:")
 
 
 def test_a_prompt_asked_in_two_ways_is_told_for_each_model() -> None:
@@ -277,6 +296,24 @@ def test_our_markdown_becomes_html_with_all_text_escaped() -> None:
     assert '<td class="number">1</td>' in made and "<ul><li>one</li>" in made
 
 
+def test_names_of_tasks_and_models_are_text_in_every_format(tmp_path: Path) -> None:
+    """Also one that is a command's argument: it is quoted for the shell."""
+    odd = "<img src=x> a|b"
+    for who, share in (("teacher", 0.8), ("student", 0.5)):
+        right = np.arange(100) < 100 * share
+        run_of({odd: (right, right)}, name=f"<b>{who}", fingerprint=who, folder=tmp_path / who)
+    compared = tmp_path / "compare"
+    Comparison(*(read_run(tmp_path / who) for who in ("teacher", "student"))).save(compared)
+    for folders in ([compared], [tmp_path / "teacher"], [tmp_path / "teacher", tmp_path / "student"]):
+        out = tmp_path / f"of-{len(folders)}"
+        save_report(read_report(folders), out, ["md", "html"])
+        told = re.sub(r"`.*?`", "", (out / "report.md").read_text())
+        told += re.sub(r"<script.*?</script>", "", (out / "report.html").read_text(), flags=re.DOTALL)
+        assert "<img" not in told and "<b>" not in told and "&lt;img" in told
+    assert f"--task '{odd}'" in explain(*read_comparison(compared), "compare")
+    assert "<img" not in (compared / "compare.md").read_text()
+
+
 def test_checks_name_what_should_be_looked_at(compared: Path) -> None:
     checks = {check.name: check for check in read_report([compared]).checks}
     assert checks["Replies read"].fine is False and "of 160" in checks["Replies read"].told
@@ -311,7 +348,7 @@ def test_runs_that_moved_away_leave_the_report_without_prompts(tmp_path: Path) -
 def test_one_run_and_several_runs_make_reports(tmp_path: Path) -> None:
     runs = checkpoint_runs(tmp_path)
     one, several = read_report([runs[0].path]), read_report([run.path for run in runs])  # type: ignore[list-item]
-    assert [figure.name for figure in one.figures] == ["accuracy"] and "a by log-likelihood 35.8 % [" in one.lead
+    assert [figure.name for figure in one.figures] == ["accuracy"] and one.lead.startswith("a (n = 400): 35.8 % [")
     assert [figure.name for figure in several.figures] == ["scatter", "slopes", "training"]
     assert "| a | step-0 |" in report_markdown(several) and len(several.items) == 400
 
@@ -367,6 +404,10 @@ def test_a_spoilt_comparison_is_refused_by_name(file: str, old: str, new: str, m
 def test_wrong_folders_and_formats_are_named(compared: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere is no folder"):
         read_report([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"has no compare.json and no run.json; give the folder of"):
+        read_report([tmp_path])
+    with pytest.raises(ValueError, match="teacher is given twice"):
+        read_report([compared / "teacher", compared / "teacher"])
     with pytest.raises(ValueError, match="is a comparison; report takes one comparison, or runs"):
         read_report([compared / "teacher", compared])
     with pytest.raises(ValueError, match="unknown format 'pdf': expected md or html"):
@@ -388,6 +429,7 @@ def test_one_mode_alone_and_tasks_without_signal_make_reports(tmp_path: Path) ->
     faint = {row["row"] for row in figures["losses"].data if not row["signal"]}
     assert faint == {"b (n = 100) ∅"} and "∅, faint: without signal" in figures["losses"].caption
     only = [ll_alone(run) for run in said]
+    assert "by log-likelihood: a gap of" in sentence(Comparison(*only).result)
     figures = {figure.name: figure for figure in comparison_figures(*told(Comparison(*only)))}
     assert set(figures) == {"losses", "accuracy", "flips"} and len(figures["losses"].panels) == 1
     no_signal = [run_of({"b": (guessed, guessed)}, name=f"m{k}", fingerprint=f"{k}") for k in (0, 1)]
