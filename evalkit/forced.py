@@ -1,7 +1,8 @@
 """Teacher forcing: two models read one reply, and what each would say next is compared step by step.
 
 A step is a token of the teacher's reply, and the end of the reply where the teacher ended it itself. At each step
-KL(teacher || student) = sum over the vocabulary of p (log p - log q), in nats, from float32 log-softmax.
+KL(teacher || student) = sum over the vocabulary of p (log p - log q), in nats, from float32 log-softmax. A stop string
+is no step: a run keeps the text before it.
 """
 
 import json

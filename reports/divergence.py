@@ -85,7 +85,8 @@ def quantile(first: Sequence[int | None], q: float) -> int | None:
 
 # --- tables ------------------------------------------------------------------------------------------------------
 
-KL_HEADERS = ("Task", "Items", "n", "Steps", "KL (nats a step)", "10 %", "25 %", "50 %", "75 %", "90 %", "Never")
+KL_HEADERS = ("Task", "Items", "n", "Steps", "Nats a step", "10 %", "25 %", "50 %", "75 %", "90 %", "Never")
+NARROW_HEADERS = tuple(header for header in KL_HEADERS if header != "Steps")
 SURVIVAL_HEADERS = ("Task", "Items", *map(str, AFTER))
 
 
@@ -99,36 +100,41 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def kl_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+def kl_rows(result: dict[str, Any], narrow: bool = False) -> list[tuple[str, ...]]:
+    """``narrow``: no steps, and intervals on a line of their own, as a terminal's 80 columns need."""
     rows = []
     for task, name, cell in _lines(result):
-        bounds = cell["kl"]["ci95"]
-        kl = f"{cell['kl']['mean']:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+        kl, (low, high) = cell["kl"], cell["kl"]["ci95"] or (None, None)
+        told = f"{kl['mean']:.3f}"
+        if low is not None:
+            told += f"\n[{low:.3f},{high:.3f}]" if narrow else f" [{low:.3f}, {high:.3f}]"
         places = ("–" if at is None else str(at) for at in cell["first"].values())
-        rows.append((task, name, str(cell["n"]), str(cell["steps"]), kl, *places, _share(cell["same"])))
+        counts = (str(cell["n"]),) if narrow else (str(cell["n"]), str(cell["steps"]))
+        rows.append((task, name, *counts, told, *places, _share(cell["same"], narrow)))
     return rows
 
 
-def survival_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [(task, name, *map(_share, cell["survival"])) for task, name, cell in _lines(result)]
+def survival_rows(result: dict[str, Any], narrow: bool = False) -> list[tuple[str, ...]]:
+    return [(task, name, *(_share(one, narrow) for one in cell["survival"])) for task, name, cell in _lines(result)]
 
 
-def _share(cell: dict[str, Any]) -> str:
+def _share(cell: dict[str, Any], narrow: bool) -> str:
     low, high = cell["ci95"]
-    return f"{percent(cell['mean'])} [{percent(low)}, {percent(high)}]"
+    bounds = f"\n[{100 * low:.0f},{100 * high:.0f}]" if narrow else f" [{percent(low)}, {percent(high)}]"
+    return percent(cell["mean"]) + bounds
 
 
 def divergence_tables(result: dict[str, Any]) -> list[Table]:
     """For the terminal."""
     tables = []
     for title, headers, rows in (
-        ("Where the student would part from the teacher's reply", KL_HEADERS, kl_rows(result)),
-        ("Percent of replies not yet parted after so many steps", SURVIVAL_HEADERS, survival_rows(result)),
+        ("KL(teacher || student), and the first step at which the student would part", NARROW_HEADERS, kl_rows),
+        ("Percent of replies not yet parted after so many steps", SURVIVAL_HEADERS, survival_rows),
     ):
-        table = Table(
-            *headers, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-        )
-        for row in rows:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for at, header in enumerate(headers):
+            table.add_column(header, justify="left" if at < 2 else "right")
+        for row in rows(result, narrow=True):
             table.add_row(*row)
         tables.append(table)
     return tables
@@ -157,9 +163,10 @@ def notes(result: dict[str, Any]) -> list[str]:
 def divergence_markdown(result: dict[str, Any]) -> str:
     note = (
         "Both models read the teacher's replies. A step is a token of the reply, and its end where the teacher ended "
-        "it itself. KL(teacher || student): mean over a reply's steps, then over replies, in nats [95 % t interval "
-        "over items]. 10 % to 90 %: the step, from 0, by which that share of the replies has met one where the "
-        "student's likeliest token is not the teacher's (–: fewer ever do). Never: percent of replies without one."
+        "it itself (a stop string is none). KL(teacher || student): mean over a reply's steps, then over replies, in "
+        "nats [95 % t interval over items]. 10 % to 90 %: the step, from 0, by which that share of the replies has met "
+        "one where the student's likeliest token is not the teacher's (–: fewer ever do). Never: percent of replies "
+        "without one."
     )
     return (
         "\n\n".join(

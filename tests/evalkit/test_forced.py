@@ -280,7 +280,7 @@ def test_the_command_writes_what_it_prints(runs: Path, other_folder: Path, tmp_p
     shown = in_process(*words, "--limit", 5)
     assert shown.returncode == 0, shown.stderr
     assert "Percent of replies not yet parted" in shown.stdout
-    assert "KL (nats a step)" in shown.stdout
+    assert "Nats a step" in shown.stdout
 
 
 def test_what_cannot_be_read_is_said(runs: Path, tiny_folder: Path, other_folder: Path, tmp_path: Path) -> None:
