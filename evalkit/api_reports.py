@@ -1,4 +1,4 @@
-"""The notebook's words for several finished runs: rank and check."""
+"""The notebook's words for finished runs: rank, check, bridge, divergence, report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from evalkit.api import is_run, load_run, need_files, run
 
 if TYPE_CHECKING:
+    from evalkit.engines.hf import HFEngine
+    from evalkit.progress import Progress
     from evalkit.settings import Settings
     from evalkit.store import Run
     from reports.gate import Margins, Verdict
@@ -104,9 +106,7 @@ def bridge(
     """
     from evalkit.bridge import VIEW, reasoning, rights_after
     from evalkit.encoding import Encoder
-    from evalkit.engines.hf import HFEngine
     from evalkit.records import GENERATION
-    from models.load import load
     from reports.bridge import SCHEMA, bridge_cells
     from reports.pairing import check_settings, pair
 
@@ -125,13 +125,7 @@ def bridge(
     batch_size = engine.pop("batch_size", None)
     rights: list[dict[str, dict[str, list[bool]]]] = []
     for side, run_ in enumerate(runs):
-        model = run_.manifest.model
-        loaded = load(str(models[side] if models else model.name), **engine)
-        if loaded.identity != model.fingerprint:
-            raise ValueError(
-                f"{loaded.name} ({loaded.identity}) is not the model that was scored ({model.fingerprint})"
-            )
-        hf = HFEngine(loaded.model, loaded.tokenizer, batch_size=batch_size)
+        hf = _engine(models[side] if models else run_.manifest.model.name, run_, batch_size, engine)
         encoder = Encoder(hf.tokenizer, chat=settings.chat, system=settings.system)
         found: dict[str, dict[str, list[bool]]] = {}
         for name, both in paired.items():
@@ -143,7 +137,7 @@ def bridge(
             outcomes = [record.outcome(GENERATION, VIEW) for record in own]
             found[name]["said"] = [outcome is not None and outcome.outcome == "correct" for outcome in outcomes]
         rights.append(found)
-        del loaded, hf  # the second model may need the room
+        del hf  # the second model may need the room
     return {
         "schema": SCHEMA,
         "teacher": runs[0].manifest.model.name,
@@ -163,6 +157,102 @@ def bridge(
             for name, both in paired.items()
         ],
     }
+
+
+def _engine(source: Any, run: Run | None, batch_size: int | None, options: Mapping[str, Any]) -> HFEngine:
+    """The model ``source``, which must be the one that ``run`` scored."""
+    from evalkit.engines.hf import HFEngine
+    from models.load import load
+
+    loaded = load(str(source), **options)
+    wanted = loaded.identity if run is None else run.manifest.model.fingerprint
+    if loaded.identity != wanted:
+        raise ValueError(f"{loaded.name} ({loaded.identity}) is not the model that was scored ({wanted})")
+    return HFEngine(loaded.model, loaded.tokenizer, batch_size=batch_size)
+
+
+def divergence(
+    run: Any,
+    student: str | os.PathLike[str],
+    tasks: Sequence[str] | None = None,
+    *,
+    teacher: str | os.PathLike[str] | None = None,
+    student_run: Any = None,
+    limit: int | None = None,
+    progress: Progress | bool = False,
+    **engine: Any,
+) -> dict[str, Any]:
+    """KL(teacher || student) on the replies of the teacher's run, and the first token at which the student would part.
+
+    teacher: its model, where the run's own name does not find it. student_run: the student's run on the same items, to
+    split the figures by what became of each. limit: items a task, by stable hash; engine: batch_size, dtype, device,
+    trust_remote_code. Both models are held at once. ValueError: another model than the run scored, tokenizers that
+    differ, or a run without replies that can be rebuilt.
+    """
+    from functools import partial
+
+    from evalkit.encoding import Encoder
+    from evalkit.forced import Said, forced, said_by, tokenizer_difference
+    from evalkit.progress import bars
+    from evalkit.records import GENERATION
+    from evalkit.selection import first_of
+    from reports.divergence import SCHEMA, divergence_cells
+
+    scored = load_run(run)
+    settings, model = scored.manifest.settings, scored.manifest.model
+    for name in tasks or ():
+        if name not in scored.tasks:
+            raise ValueError(f"task {name!r} is not in the run of {model.name}; it has {', '.join(scored.tasks)}")
+    if GENERATION not in settings.modes:
+        raise ValueError(f"the run of {model.name} has no replies; score it with --mode both or --mode generation")
+    if settings.thinking != "off":
+        raise ValueError(
+            "a run keeps no tokens of thinking blocks, so they can't be read again; score with thinking off"
+        )
+    names = [name for name in scored.tasks if tasks is None or name in tasks]
+    other = None if student_run is None else load_run(student_run)
+    became = {} if other is None else {name: _became(scored, other, name) for name in names}
+    batch_size = engine.pop("batch_size", None)
+    engines = (
+        _engine(teacher or model.name, scored, batch_size, engine),
+        _engine(student, other, batch_size, engine),
+    )
+    difference = tokenizer_difference(*(one.tokenizer for one in engines))
+    if difference:
+        raise ValueError(f"teacher and student have different tokenizers: {difference}; KL needs the same tokens")
+    encoder = Encoder(engines[0].tokenizer, chat=settings.chat, system=settings.system)
+    result = []
+    with bars(progress, str(student)) as report_:
+        for name in names:
+            entry, records = scored.manifest.entry(name), scored.records(name)
+            chosen = first_of(list(records), limit, name, settings.permutations)
+            said = {item: said_by(records[item], entry.generation, encoder) for item in chosen}
+            kept = [one for one in said.values() if isinstance(one, Said)]
+            found = forced(kept, *engines, report=partial(report_, name))
+            result.append(
+                {
+                    "name": name,
+                    "view": entry.generation,
+                    "left_out": {why: list(said.values()).count(why) for why in ("cut", "thought", "empty")},
+                    "respelled": sum(one.respelled for one in kept),
+                    **divergence_cells(found, [records[one.item].cluster for one in found], became.get(name)),
+                }
+            )
+    return {"schema": SCHEMA, "teacher": model.name, "student": str(student), "tasks": result}
+
+
+def _became(teacher: Run, student: Run, name: str) -> dict[str, str]:
+    """Item -> what became of it, of those that both runs hold."""
+    from evalkit.records import GENERATION
+    from reports.divergence import BECAME
+    from reports.pairing import check_settings, pair, rights_of
+
+    check_settings(teacher, student)
+    if name not in student.tasks:
+        raise ValueError(f"the student's run lacks task {name!r}; it has {', '.join(student.tasks)}")
+    paired = pair(teacher, student, name)
+    rights = rights_of(paired, GENERATION)
+    return {record.item: BECAME[both] for (record, _), both in zip(paired.pairs, rights, strict=True)}
 
 
 def report(

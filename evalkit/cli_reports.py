@@ -1,4 +1,7 @@
-"""The commands on finished runs: rank, check, baseline, audit, explain, bridge. Only scoring a model needs torch."""
+"""The commands on finished runs: rank, check, baseline, audit, explain, bridge, divergence, report.
+
+Only those that run a model need torch.
+"""
 
 import json
 from pathlib import Path
@@ -208,6 +211,46 @@ def bridge(
     write_json(out / "bridge.json", result)
     write_text(out / "bridge.md", bridge_markdown(result))
     print(json.dumps(result, indent=2)) if json_output else console.print(bridge_markdown(result))
+
+
+@app.command(
+    epilog="Example: `evalkit divergence runs/teacher --student ./student --student-run runs/student --out divergence`"
+)
+def divergence(
+    run: Annotated[Path, typer.Argument(help="The teacher's run; its replies are read.")],
+    student: Annotated[str, typer.Option(help="Hugging Face id, model folder, or a built-in name.")],
+    teacher: Annotated[str | None, typer.Option(help="The model that RUN scored.", show_default="the run's")] = None,
+    student_run: Annotated[Path | None, typer.Option(help="Its run: the figures by what became of each item.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", "--task", "-t", help="Comma-separated names.", show_default="all")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="Items a task, by stable hash.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for divergence.md and .json.")] = None,
+    batch_size: BatchSize = None,
+    dtype: DType = "auto",
+    device: Device = "auto",
+    trust_remote_code: Remote = False,
+    json_output: Json = False,
+) -> None:
+    """How far does the student stray on the teacher's replies, and at which token would it part? Loads both models at
+    once: KL(teacher || student) a step, the first divergent token, and the share of replies not yet parted."""
+    from evalkit.store import write_json, write_text
+    from reports.divergence import divergence_markdown, divergence_tables, notes
+
+    quiet()
+    chosen = None if tasks is None else [name for name in tasks.split(",") if name]
+    what: dict[str, Any] = {"teacher": teacher, "student_run": student_run, "limit": limit, "progress": True}
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    result = api_reports.divergence(run, student, chosen, **what, batch_size=batch_size, **how)
+    if out is not None:
+        write_json(out / "divergence.json", result)
+        write_text(out / "divergence.md", divergence_markdown(result))
+    if json_output:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    console.print(*divergence_tables(result), *notes(result), sep="\n")
+    if out is not None:
+        console.print(f"Report: {out / 'divergence.md'}")
 
 
 @app.command(

@@ -83,8 +83,23 @@ def digest(*parts: object) -> int:
 
 def lowest(items: Sequence[Item], n: int, salt: str) -> list[Item]:
     """The ``n`` items with the lowest hash, in their own order."""
-    kept = {item.id for item in sorted(items, key=lambda item: (digest(salt, item.id), item.id))[:n]}
+    kept = set(lowest_ids([item.id for item in items], n, salt))
     return [item for item in items if item.id in kept]
+
+
+def lowest_ids(ids: Sequence[str], n: int, salt: str) -> list[str]:
+    """The same of items' ids."""
+    kept = set(sorted(ids, key=lambda one: (digest(salt, one), one))[:n])
+    return [one for one in ids if one in kept]
+
+
+def first_of(ids: Sequence[str], limit: int | None, task: str, permutations: int) -> list[str]:
+    """Of a run's items those that a run with ``limit`` would hold; one in several orders of its options counts once."""
+    if limit is None:
+        return list(ids)
+    base = {one: one.rpartition(TURNED)[0] if permutations > 1 and TURNED in one else one for one in ids}
+    kept = set(lowest_ids(list(dict.fromkeys(base.values())), limit, f"limit {task}"))
+    return [one for one in ids if base[one] in kept]
 
 
 def _same(a: Item, b: Item) -> bool:

@@ -77,9 +77,7 @@ class HFEngine:
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Long requests first: an out-of-memory error comes at once, and rows of a batch are alike in length."""
         order = sorted(range(len(requests)), key=lambda i: -_cost(requests[i]))
-        training = self.model.training
-        self.model.eval()
-        try:
+        with self._at_work("what is scored so far is kept"):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 with torch.inference_mode(), self._float32_head(), _plain_generation(self.model):
@@ -88,10 +86,23 @@ class HFEngine:
                 for i in chosen:
                     rows = tuple(scores[i, j] for j in range(len(requests[i].continuations)))
                     yield i, Reply(logprobs=rows, generated=said.get(i))
+
+    def logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
+        """Of each row (tokens, n) the float32 logits [n, vocabulary] of the steps that predict its last n tokens, in
+        one forward pass over the rows."""
+        with self._at_work("nothing is kept"), torch.inference_mode(), self._float32_head():
+            return self._logits(batch)
+
+    @contextlib.contextmanager
+    def _at_work(self, kept: str) -> Iterator[None]:
+        """Without dropout, and with a word of advice where memory runs out."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"out of memory on {self.device} at batch size {self.batch_size}; "
-                f"use a smaller --batch-size (what is scored so far is kept)"
+                f"out of memory on {self.device} at batch size {self.batch_size}; use a smaller --batch-size ({kept})"
             ) from error
         finally:
             self.model.train(training)
@@ -130,18 +141,27 @@ class HFEngine:
 
     def _logprobs(self, batch: Sequence[Row]) -> list[tuple[float, ...]]:
         """For each row the log-probability of every token of its continuation (float32, nats)."""
+        out = []
+        rows = [(tokens, scored) for _, _, tokens, scored in batch]
+        for row, (tokens, scored) in zip(self._logits(rows), rows, strict=True):
+            target = torch.tensor(tokens[-scored:], device=row.device)[:, None]
+            # logsumexp would be nearer to float64 by some 1e-5 nats a token, but sums agree with lm-eval's this way.
+            out.append(tuple(row.log_softmax(-1).gather(-1, target)[:, 0].tolist()))
+        return out
+
+    def _logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
         # The last token predicts nothing that is scored, so it is not run.
-        width = max(len(tokens) for _, _, tokens, _ in batch) - 1
+        width = max(len(tokens) for tokens, _ in batch) - 1
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         mask = torch.zeros(len(batch), width, dtype=torch.long)
         first = []  # column whose logits predict the continuation's first token
-        for r, (_, _, tokens, scored) in enumerate(batch):
+        for r, (tokens, scored) in enumerate(batch):
             length = len(tokens) - 1
             offset = width - length if self.padding == "left" else 0
             ids[r, offset : offset + length] = torch.tensor(tokens[:-1])
             mask[r, offset : offset + length] = 1
             first.append(offset + length - scored)
-        columns = sorted({c for start, row in zip(first, batch, strict=True) for c in range(start, start + row[3])})
+        columns = sorted({c for start, row in zip(first, batch, strict=True) for c in range(start, start + row[1])})
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -152,14 +172,9 @@ class HFEngine:
         else:
             where = {column: column for column in columns}
         logits = self.model(**inputs, use_cache=False).logits
-        out = []
-        for r, (start, (_, _, tokens, scored)) in enumerate(zip(first, batch, strict=True)):
-            at = [where[c] for c in range(start, start + scored)]
-            row = logits[r, at].float()
-            target = torch.tensor(tokens[-scored:], device=row.device)[:, None]
-            # logsumexp would be nearer to float64 by some 1e-5 nats a token, but sums agree with lm-eval's this way.
-            out.append(tuple(row.log_softmax(-1).gather(-1, target)[:, 0].tolist()))
-        return out
+        # A row's columns stand side by side among the kept ones, so this copies nothing.
+        spans = [(where[start], scored) for start, (_, scored) in zip(first, batch, strict=True)]
+        return [logits[r, at : at + scored].float() for r, (at, scored) in enumerate(spans)]
 
     # --- generation ---
 

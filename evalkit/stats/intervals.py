@@ -109,6 +109,20 @@ def mean_t(
     return Interval(mean=mean, low=max(-bound, low), high=min(bound, high), n=n)
 
 
+def mean_from_zero(values: Values, clusters: Sequence[str] | None = None, *, level: float = 0.95) -> Interval | None:
+    """t interval of the mean of per-item values of 0 or more without an upper bound (KL, nats); None: one item, or one
+    cluster, of whose spread nothing is known.
+
+    ``clusters`` as in ``mean_t``. A long right tail costs coverage where items are few: with a lognormal of sigma 1 it
+    holds the truth in some 90 % of draws of 50 items and 94 % of 200.
+    """
+    error = mean_error(values, clusters)
+    if error.df == 0:
+        return None
+    half = critical(error.df, level) * error.se
+    return Interval(mean=error.mean, low=max(0.0, error.mean - half), high=error.mean + half, n=len(values))
+
+
 def macro(parts: Sequence[Interval]) -> Interval:
     """Equal-weight average of independent estimates, from the arms of their own intervals (MOVER: Zou and Donner, 2008,
     Stat. Med. 27:1693). One part alone keeps its interval, and parts without spread keep their doubt."""

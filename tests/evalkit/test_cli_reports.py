@@ -153,7 +153,9 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(runs: Path, tmp_path: Pat
     assert {file: file.read_bytes() for file in runs.rglob("*") if file.is_file()} == before
 
 
-@pytest.mark.parametrize("command", [["rank"], ["check"], ["baseline", "update"], ["audit"], ["explain"]])
+@pytest.mark.parametrize(
+    "command", [["rank"], ["check"], ["baseline", "update"], ["audit"], ["explain"], ["divergence"]]
+)
 def test_each_command_shows_an_example(command: list[str]) -> None:
     assert "Example" in in_process(*command, "--help").stdout
 

@@ -45,7 +45,7 @@ def test_inside_evalkit_imports_run_one_way() -> None:
         {"records"},
         {"registry", "settings", "views", "markers", "numerals", "options"},
         {"encoding", "extract", "requests", "engines", "scoring", "selection", "stats"},
-        {"evaluate", "store", "progress", "bridge"},
+        {"evaluate", "store", "progress", "bridge", "forced"},
         {"rescore"},
         {"api", "api_reports", "cli", "cli_distill", "cli_reports", "__init__", "__main__"},
     ]

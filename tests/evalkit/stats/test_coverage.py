@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evalkit.stats.intervals import Interval, mean_t, tango
+from evalkit.stats.intervals import Interval, mean_from_zero, mean_t, tango
 from evalkit.stats.recovery import recovery, recovery_bootstrap
 from evalkit.stats.units import log_odds
 
@@ -204,3 +204,17 @@ def test_recovery_is_covered(clustered: bool) -> None:
     truth = s.mean() / t.mean()
     for low, high in (bounds[:2], bounds[2:]):
         check(float(np.mean((low <= truth) & (truth <= high))), 400, 800)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("n", [50, 200, 1000])
+def test_a_mean_kl_is_covered(n: int, clustered: bool) -> None:
+    """Per-item means with a tail to the right: a gamma of shape 2, and with clusters a share of it in common."""
+    rng, held = np.random.default_rng(n), []
+    names = [str(i // 5) for i in range(n)] if clustered else None
+    for _ in range(1500):
+        shared = np.repeat(rng.gamma(1, size=n // 5), 5) if clustered else rng.gamma(1, size=n)
+        found = mean_from_zero(shared + rng.gamma(1, size=n), names)
+        assert found is not None
+        held.append(found.low <= 2.0 <= found.high)
+    check(float(np.mean(held)), n, 1500)
