@@ -107,7 +107,7 @@ def kl_rows(result: dict[str, Any], narrow: bool = False) -> list[tuple[str, ...
         kl, (low, high) = cell["kl"], cell["kl"]["ci95"] or (None, None)
         told = f"{kl['mean']:.3f}"
         if low is not None:
-            told += f"\n[{low:.3f},{high:.3f}]" if narrow else f" [{low:.3f}, {high:.3f}]"
+            told += f"\n[{low:.2f},{high:.2f}]" if narrow else f" [{low:.3f}, {high:.3f}]"
         places = ("–" if at is None else str(at) for at in cell["first"].values())
         counts = (str(cell["n"]),) if narrow else (str(cell["n"]), str(cell["steps"]))
         rows.append((task, name, *counts, told, *places, _share(cell["same"], narrow)))

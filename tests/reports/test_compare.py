@@ -187,7 +187,7 @@ def test_one_mode_alone_has_no_gap_between_modes() -> None:
     made = Comparison(make_run(rows), make_run(rows))
     assert list(made.result["tasks"][0]["modes"]) == [LOGLIKELIHOOD]
     assert made.result["tasks"][0]["hidden_gap"] is None
-    assert "Student against teacher by loglikelihood" in made.to_markdown()
+    assert "Student against teacher by log-likelihood" in made.to_markdown()
     with pytest.raises(ValueError, match="no hidden gap"):
         made.hidden_gap("t")
 
