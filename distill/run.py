@@ -16,6 +16,7 @@ import torch
 from distill.folder import (
     CHECKPOINTS,
     DELTA,
+    METRICS,
     RECIPE,
     SELECTION,
     check_stage,
@@ -25,9 +26,6 @@ from distill.folder import (
     tensorboard_writer,
     write_state,
     writing,
-)
-from distill.folder import (
-    METRICS as METRICS,
 )
 from distill.groups import check_frozen, freeze, frozen_hashes, mixer_layers, trained
 from distill.guard import Guardian

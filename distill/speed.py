@@ -22,6 +22,7 @@ def compiled(*models: Any, wanted: bool = True) -> Iterator[None]:
     if not wanted:
         yield
         return
+    torch.compiler.reset()  # a stage before this one had other shapes, and only so many are kept of one function
     forwards = {kind: torch.compile(kind.forward, dynamic=False) for kind in FUSED}
     changed = []
     for model in models:

@@ -50,9 +50,9 @@ def distill(
         plan = make_plan(made)
         print(json.dumps(_plan_json(plan), indent=2)) if json_output else _show_plan(made.name, plan)
         return
+    from distill.folder import METRICS
     from distill.parallel import processes
     from distill.progress import shown
-    from distill.run import METRICS
     from distill.run import distill as run
     from distill.train import Stopped, listening
     from models.load import load, pick_device
