@@ -4,8 +4,8 @@ Alignment losses look at one mixer at a time, each given the teacher's own hidde
 another; losses on the next token run teacher and student whole, up to the hidden states before the output head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from distill.chunked import chunked_loss
 from distill.losses import hidden_alignment, qk_alignment
 from distill.packing import Batch
 from distill.stage import ALIGNMENTS, Stage
+from models.convert import hooked
 from models.hybrid_config import LINEAR
 from models.kda.layer import Packed
 
@@ -175,7 +176,7 @@ class Objective:
         with ExitStack() as hooks:
             for layer in self.mixers:
                 attention = self.teacher.model.layers[layer].self_attn
-                hooks.enter_context(_hooked(attention, _keep(found[layer])))
+                hooks.enter_context(hooked(attention.register_forward_hook(_keep(found[layer]), with_kwargs=True)))
             last_hidden(self.teacher, batch)
         return found
 
@@ -195,12 +196,3 @@ def _keep(found: dict[str, Any]) -> Callable[..., None]:
         found.update(shared, x=kwargs["hidden_states"], output=output[0])
 
     return hook
-
-
-@contextmanager
-def _hooked(module: Any, hook: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -31,7 +31,7 @@ from distill.groups import check_frozen, freeze, frozen_hashes, mixer_layers, tr
 from distill.guard import Guardian
 from distill.objectives import Objective, place
 from distill.optimiser import Masters
-from distill.packing import Stream, share
+from distill.packing import Batch, Stream, share
 from distill.parallel import Processes
 from distill.plan import peak_flops, stage_plan
 from distill.recipe import sha256
@@ -173,13 +173,14 @@ def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
     chosen = freeze(run.student, stage.train, run.mixers)
     objective = Objective(stage, None if stage.loss == "ce" else run.teacher.model, run.student, run.mixers)
     stream = _stream(run, stage, recipe.seed + 1000 * position.stage)
+    probe = _stream(run, stage, recipe.seed + 999_983).next()  # drawn by another seed than the training's batches
     masters = Masters(chosen, stage, run.mixers)
     state = read_state(run.out) if position.step else None
     if state is not None:
         masters.load_state_dict(state["masters"])
     else:
         run.frozen = frozen_hashes(run.student, chosen)
-        run.probes[stage.name] = {"before": _probe(run, stage, objective)}
+        run.probes[stage.name] = {"before": _probe(run, probe, objective)}
     run.metrics.plan = stage_plan(stage, run.teacher.model, run.student, recipe, run.processes.world)
     peak = peak_flops(run.device)
     run.metrics.peak = None if peak is None else peak * run.processes.world
@@ -204,7 +205,7 @@ def _stage(run: Run, stage: Stage, save_seconds: float) -> Path:
         )
     del masters, state
     check_frozen(run.frozen, frozen_hashes(run.student, chosen))
-    run.probes[stage.name]["after"] = _probe(run, stage, objective)
+    run.probes[stage.name]["after"] = _probe(run, probe, objective)
     where = {"stage": stage.name, "tokens": run.position.stage_tokens, "total_tokens": run.position.total_tokens}
     told = {**where, "end": True, "probe": run.probes[stage.name], "left_out": dict(stream.left_out)}
     if run.device.type == "cuda":
@@ -237,10 +238,8 @@ def _stream(run: Run, stage: Stage, seed: int) -> Stream:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _probe(run: Run, stage: Stage, objective: Objective) -> float:
-    """The stage's loss a target token on one fixed batch, which another seed than the training's draws."""
-    stream = _stream(run, stage, run.recipe.seed + 999_983)
-    batch = stream.next()
+def _probe(run: Run, batch: Batch, objective: Objective) -> float:
+    """The stage's loss a target token on the first rows of ``batch``."""
     rows = min(len(batch.tokens), PROBE_ROWS)
     total = weights = 0.0
     for row in range(rows):

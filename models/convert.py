@@ -178,8 +178,8 @@ def watch(teacher: Any, layers: Sequence[int], tokens: Tensor) -> Iterator[Seen]
     with ExitStack() as hooks:
         for layer in layers:
             attention = teacher.model.layers[layer].self_attn
-            hooks.enter_context(_hooked(attention.o_proj.register_forward_pre_hook(_keep_mixed(seen[layer]))))
-            hooks.enter_context(_hooked(attention.register_forward_hook(_keep_rest(seen[layer]), with_kwargs=True)))
+            hooks.enter_context(hooked(attention.o_proj.register_forward_pre_hook(_keep_mixed(seen[layer]))))
+            hooks.enter_context(hooked(attention.register_forward_hook(_keep_rest(seen[layer]), with_kwargs=True)))
         if layers:
             teacher.model(tokens.to(teacher.device), use_cache=False)
     for layer in layers:
@@ -187,7 +187,8 @@ def watch(teacher: Any, layers: Sequence[int], tokens: Tensor) -> Iterator[Seen]
 
 
 @contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
+def hooked(handle: Any) -> Iterator[None]:
+    """A module's hook, as registered, that is gone after the block."""
     try:
         yield
     finally:
@@ -213,7 +214,7 @@ def _keep_rest(seen: dict[str, Any]) -> Callable[..., None]:
 def mixed_by(kda: Any, seen: Seen) -> Tensor:
     """[B, T, heads, head_dim] float32: what ``kda`` puts into its o_proj, where attention put ``seen.mixed``."""
     found: list[Tensor] = []
-    with _hooked(kda.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))):
+    with hooked(kda.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0]))):
         kda(seen.hidden_states, position_embeddings=seen.position_embeddings)
     return found[0].float().unflatten(-1, (kda.heads, kda.head_dim))
 

@@ -29,7 +29,8 @@ def comparison_figures(result: dict[str, Any], items: Sequence[dict[str, Any]]) 
     return [figure for figure in found if figure is not None]
 
 
-def _interval(cell: dict[str, Any]) -> dict[str, float]:
+def interval(cell: dict[str, Any]) -> dict[str, float]:
+    """mean, low and high of a cell of compare.json, in points."""
     return {"mean": points(cell["mean"]), "low": points(cell["ci95"][0]), "high": points(cell["ci95"][1])}
 
 
@@ -94,20 +95,20 @@ def losses(result: dict[str, Any]) -> Figure:
     overall, rows, between = result["overall"], [], []
     whole = _whole(result)
     for mode, cell in overall["modes"].items() if whole else ():
-        rows.append({"row": whole, "series": NAMES[mode], "signal": True, **_interval(cell["gap"])})
+        rows.append({"row": whole, "series": NAMES[mode], "signal": True, **interval(cell["gap"])})
     kind = "hidden_gap" if overall["hidden_gap"] or any(t["hidden_gap"] for t in result["tasks"]) else "protocol_gap"
     cells = [(whole, True, overall[kind])] if whole else []
     for task in result["tasks"]:
         for mode, cell in task["modes"].items():
             label = _label(task, all(task["signal"].values()))
             signal = task["signal"][mode]
-            rows.append({"row": label, "series": NAMES[mode], "signal": signal, **_interval(cell["gap"])})
+            rows.append({"row": label, "series": NAMES[mode], "signal": signal, **interval(cell["gap"])})
         gap = task[kind] or (task["protocol_gap"] or {}).get("parts", {}).get("mode")  # a hidden gap in one view
         cells.append((_label(task, all(task["signal"].values())), all(task["signal"].values()), gap))
     for label, signal, gap in cells:
         if gap:
-            between.append({"row": label, "series": "raw points", "signal": signal, **_interval(gap)})
-            between.append({"row": label, "series": "formula score", "signal": signal, **_interval(gap["formula"])})
+            between.append({"row": label, "series": "raw points", "signal": signal, **interval(gap)})
+            between.append({"row": label, "series": "formula score", "signal": signal, **interval(gap["formula"])})
     axis = "points lost (teacher − student)"
     panels = [dots(rows, MODE_COLOURS, axis=axis, title="Loss in each mode", zero=True)]
     name = kind.replace("_", " ")
@@ -138,7 +139,7 @@ def accuracies(result: dict[str, Any]) -> Figure:
                 "series": who,
                 "signal": task["signal"][mode],
                 "floor": points(task["modes"][mode]["floor"]),
-                **_interval({**task["modes"][mode][who], "mean": task["modes"][mode][who]["accuracy"]}),
+                **interval({**task["modes"][mode][who], "mean": task["modes"][mode][who]["accuracy"]}),
             }
             for task in result["tasks"]
             if mode in task["modes"]
@@ -174,7 +175,7 @@ def flows(result: dict[str, Any]) -> Figure | None:
     kinds = [kind for kind in FLOW_COLOURS if any(kind == cell[1] and cell[2]["mean"] for cell in cells)]
     for label, kind, net, lost, gained in cells:
         if kind in kinds:
-            rows.append({"row": label, "outcome": kind, "lost": lost, "gained": gained, **_interval(net)})
+            rows.append({"row": label, "outcome": kind, "lost": lost, "gained": gained, **interval(net)})
     scale = alt.Scale(domain=kinds, range=[FLOW_COLOURS[kind] for kind in kinds])
     colour = alt.Color("outcome:N", scale=scale, legend=alt.Legend(columns=alt.expr(f"{NARROW} ? 2 : 3")))
     zero = alt.Chart().mark_rule(color=MUTED).encode(x=alt.datum(0))

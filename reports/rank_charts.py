@@ -7,7 +7,7 @@ from scipy.stats import rankdata
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode
 from reports.chart_style import ALARM, INK, LL, MODE_COLOURS, MUTED, REST, Figure, altair, panel, points
-from reports.charts import dots
+from reports.charts import dots, interval
 from reports.table import NAMES, NO_SIGNAL
 
 LABELLED = 12
@@ -204,9 +204,7 @@ def run_figures(summary: dict[str, Any]) -> list[Figure]:
             "row": f"{task['name']} (n = {task['n']:,})",
             "series": NAMES[mode],
             "signal": True,
-            "mean": points(cell["accuracy"]),
-            "low": points(cell["ci95"][0]),
-            "high": points(cell["ci95"][1]),
+            **interval({**cell, "mean": cell["accuracy"]}),
         }
         for task in summary["tasks"]
         for mode, cell in task["modes"].items()
