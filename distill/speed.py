@@ -17,13 +17,16 @@ FUSED = tuple({family[part] for family in FAMILIES.values() for part in ("MLP", 
 
 
 @contextmanager
-def compiled(*models: Any, wanted: bool = True) -> Iterator[None]:
-    """Within the block the MLPs and norms of ``models`` are compiled, one graph a class; wanted=False: nothing is."""
+def compiled(*models: Any, wanted: bool = True, backend: str = "inductor") -> Iterator[None]:
+    """Within the block the MLPs and norms of ``models`` are compiled, one graph a class; wanted=False: nothing is.
+
+    backend: torch.compile's; "aot_eager" traces forward and backward alike and generates no code.
+    """
     if not wanted:
         yield
         return
     torch.compiler.reset()  # a stage before this one had other shapes, and only so many are kept of one function
-    forwards = {kind: torch.compile(kind.forward, dynamic=False) for kind in FUSED}
+    forwards = {kind: torch.compile(kind.forward, dynamic=False, backend=backend) for kind in FUSED}
     changed = []
     for model in models:
         for module in model.modules():

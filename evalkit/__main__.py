@@ -21,9 +21,9 @@ def main() -> None:
     # Threads that spin while they wait make torch four times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from evalkit import cli_distill
+        from evalkit.commands import app
 
-        cli_distill.app()
+        app()
     except _Interrupted:
         _say("interrupted; what is scored so far is kept, and the same command goes on from there")
     except (ImportError, ValueError, OSError) as error:

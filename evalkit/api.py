@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evalkit.encoding import Encoder
-    from evalkit.engines.hf import HFEngine
+    from evalkit.engines.base import Engine
+    from evalkit.opening import Opened
     from evalkit.progress import Progress
     from evalkit.registry import Task
     from evalkit.requests import Plan
     from evalkit.selection import Selection
     from evalkit.settings import Settings
     from evalkit.store import Key, Manifest, Run, RunWriter
-    from models.load import Loaded
     from reports.compare import Comparison
 
 DEFAULT_TASKS = ("quick", "arithmetic")
@@ -53,6 +53,8 @@ def run(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    engine: str = "hf",
+    engine_options: Mapping[str, Any] | None = None,
     progress: Progress | bool = False,
     **settings: Any,
 ) -> Run:
@@ -63,14 +65,11 @@ def run(
     out: the run's folder; a run that was cut off goes on there. None: in memory only.
     data_dir: folder with offline benchmark items (default: EVALKIT_DATA; neither: the Hugging Face hub).
     mode: "both", "loglikelihood" or "generation".
+    engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
     settings: any field of ``evalkit.settings.Settings`` (view, shots, chat, limit, ...).
     ValueError: what was asked can't be done; the message says what to change.
     """
-    from evalkit.encoding import Encoder
-    from evalkit.engines.hf import HFEngine
-    from evalkit.progress import bars
     from evalkit.selection import select
-    from evalkit.store import RunWriter
 
     chosen = _settings(mode, settings)
     wanted = [_task(one) for one in _each(tasks)]
@@ -82,23 +81,13 @@ def run(
         chosen.views_of(task)
     # Data is read before the model: what is missing there shows at once, not after minutes of loading.
     selections = {task.name: select(task, chosen, folder) for task in wanted}
-    loaded = _load(model, tokenizer, name, dtype, device, revision, trust_remote_code)
-    engine = HFEngine(loaded.model, loaded.tokenizer, batch_size=batch_size)
-    encoder = Encoder(
-        engine.tokenizer, chat=chosen.chat, system=chosen.system, thinking=chosen.thought_budget() is not None
-    )
-    manifest = _manifest(loaded, chosen, wanted, selections, engine)
-    writer = RunWriter(None if out is None else Path(out), manifest)
-    for line in writer.damaged:
-        logger.warning("%s; it is scored again", line)
-    keys: list[Key] = []
+    how: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "revision": revision}
+    how |= {"trust_remote_code": trust_remote_code, "engine": engine, "options": dict(engine_options or {})}
+    opened = _open(model, tokenizer, name, how)
     try:
-        with bars(progress, loaded.name) as report:
-            for task in wanted:
-                keys += _score_task(task, selections[task.name], engine, encoder, chosen, writer, report)
-        return writer.finish(keys)
+        return _score(opened, wanted, selections, chosen, None if out is None else Path(out), progress)
     finally:
-        writer.close()
+        opened.close()
 
 
 def compare(
@@ -247,43 +236,55 @@ def _no_twins(wanted: Iterable[Task]) -> None:
         raise ValueError("no task was named; `evalkit tasks` shows all")
 
 
-def _load(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    dtype: str,
-    device: str,
-    revision: str | None,
-    trust_remote_code: bool,
-) -> Loaded:
-    from dataclasses import replace
-
-    from models.load import describe, load
+def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any]) -> Opened:
+    """The engine over ``model``; ``how``: the other fields of ``evalkit.opening.Spec``."""
+    from evalkit.opening import Spec, open_engine, open_loaded
 
     if isinstance(model, (str, os.PathLike)):
-        loaded = load(
-            os.fspath(model),
-            dtype=dtype,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        return replace(loaded, name=name) if name else loaded
+        return open_engine(Spec(model=os.fspath(model), name=name, **how))
     if tokenizer is None:
         raise ValueError(f"a live model ({type(model).__name__}) needs its tokenizer: run(model, tokenizer=...)")
-    return describe(model, tokenizer, name or type(model).__name__)
+    if how["engine"] != "hf":
+        raise ValueError(f"engine {how['engine']!r} takes a model's name or folder, not a live {type(model).__name__}")
+    from models.load import describe
+
+    return open_loaded(describe(model, tokenizer, name or type(model).__name__), how["batch_size"])
+
+
+def _score(
+    opened: Opened,
+    wanted: Sequence[Task],
+    selections: Mapping[str, Selection],
+    settings: Settings,
+    out: Path | None,
+    progress: Progress | bool,
+) -> Run:
+    """Score what ``out`` does not hold yet."""
+    from evalkit.encoding import Encoder
+    from evalkit.progress import bars
+    from evalkit.store import RunWriter
+
+    thinking = settings.thought_budget() is not None
+    encoder = Encoder(opened.engine.tokenizer, chat=settings.chat, system=settings.system, thinking=thinking)
+    writer = RunWriter(out, _manifest(opened, settings, wanted, selections))
+    for line in writer.damaged:
+        logger.warning("%s; it is scored again", line)
+    keys: list[Key] = []
+    try:
+        with bars(progress, opened.model.name) as report:
+            for task in wanted:
+                keys += _score_task(task, selections[task.name], opened.engine, encoder, settings, writer, report)
+        return writer.finish(keys)
+    finally:
+        writer.close()
 
 
 def _manifest(
-    loaded: Loaded,
-    settings: Settings,
-    wanted: Sequence[Task],
-    selections: Mapping[str, Selection],
-    engine: HFEngine,
+    opened: Opened, settings: Settings, wanted: Sequence[Task], selections: Mapping[str, Selection]
 ) -> Manifest:
     from evalkit import __version__
     from evalkit.records import TaskEntry
-    from evalkit.store import Manifest, Model
+    from evalkit.store import Manifest
     from evalkit.views import ask
 
     entries = []
@@ -303,39 +304,32 @@ def _manifest(
             )
         )
     libraries = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    versions = {"evalkit": __version__, **libraries}  # a checkout that is not installed has no metadata
+    versions = {
+        "evalkit": __version__,
+        **libraries,
+        **opened.versions,
+    }  # a checkout that is not installed has no metadata
     return Manifest(
-        model=Model(
-            name=loaded.name,
-            fingerprint=loaded.identity,
-            parts=loaded.parts,
-            dtype=loaded.dtype,
-            device=loaded.device,
-            parameters=loaded.parameters,
-            note=str((loaded.checkpoint or {}).get("note", "")),
-        ),
+        model=opened.model,
         settings=settings,
         tasks=tuple(entries),
         versions=versions,
         sessions=(
             {
                 "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "engine": "hf",
-                "batch_size": engine.batch_size,
-                "head": engine.head_dtype,
-                "device": loaded.device,
+                **opened.session,
                 "versions": versions,
                 "git_revision": _git_revision(),
             },
         ),
-        checkpoint=loaded.checkpoint,
+        checkpoint=opened.checkpoint,
     )
 
 
 def _score_task(
     task: Task,
     selection: Selection,
-    engine: HFEngine,
+    engine: Engine,
     encoder: Encoder,
     settings: Settings,
     writer: RunWriter,

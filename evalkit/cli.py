@@ -27,9 +27,6 @@ app = typer.Typer(
     epilog="Start with `evalkit demo`, or `evalkit compare TEACHER STUDENT --tasks quick --mode both`.",
 )
 
-bench = typer.Typer(no_args_is_help=True, help="Measure kernels and models on this machine.")
-app.add_typer(bench, name="bench")
-
 Tasks = Annotated[
     str | None,
     typer.Option(
@@ -70,11 +67,10 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub mod
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 ReportDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the runs made on the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Lengths = Annotated[str, typer.Option("--tokens", help="Comma-separated; 8k is 8192.", show_default="by the device")]
-BenchDir = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the Markdown.")]
-BenchDType = Annotated[str, typer.Option(help="auto (bfloat16 on a GPU, float32 on a CPU), or a dtype's name.")]
-Repeats = Annotated[int, typer.Option(min=0, help="Repetitions.", show_default="by the device")]
-Profile = Annotated[bool, typer.Option("--profile", help="The time of each kernel, too (a GPU only).")]
+Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (transformers).")]
+EngineOptions = Annotated[
+    list[str] | None, typer.Option("--engine-option", help="Of the engine itself: KEY=VALUE, YAML's types; repeat.")
+]
 
 console = Console(markup=False)
 
@@ -101,6 +97,8 @@ def _scoring_options(
     device: Device = "auto",
     revision: Revision = None,
     trust_remote_code: Remote = False,
+    engine: Engine = "hf",
+    engine_options: EngineOptions = None,
 ) -> None:
     """The options of every command that scores a model, with the API's names."""
 
@@ -116,6 +114,8 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
         values = {name: value for name, value in values.items() if name not in untouched}
         if "tasks" in values:
             values["tasks"] = [name for name in values["tasks"].split(",") if name]
+        if "engine_options" in values:
+            values["engine_options"] = _key_values(values["engine_options"])
         command(**values, progress=True)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -124,6 +124,17 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in both}
     return wrapped
+
+
+def _key_values(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE each, with YAML's types; ValueError for one without "="."""
+    import yaml
+
+    for one in given:
+        if "=" not in one:
+            raise ValueError(f"--engine-option {one!r} is not KEY=VALUE")
+    pairs = (one.partition("=") for one in given)
+    return {key.strip().replace("-", "_"): yaml.safe_load(value) for key, _, value in pairs}
 
 
 @app.command(
@@ -275,95 +286,6 @@ def show(
     console.print(f"{min(number, len(found))} of {len(found)} {kind} in {folder}")
 
 
-@bench.command(
-    "kda",
-    epilog="Examples: `evalkit bench kda --out bench` · `evalkit bench kda --tokens 8k --impl triton --profile`. "
-    "Exit code 1: an implementation failed.",
-)
-def bench_kda(
-    tokens: Lengths = "",
-    heads: Annotated[int, typer.Option(help="Heads of q.")] = 16,
-    kv_heads: Annotated[int | None, typer.Option(help="Heads of k and v.", show_default="as q")] = None,
-    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 128,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    dtype: BenchDType = "auto",
-    gate: Annotated[str, typer.Option(help="Comma-separated.")] = "bounded,softplus",
-    impl: Annotated[
-        str, typer.Option(help="Comma-separated: triton, fla, reference, recurrent.", show_default="by the device")
-    ] = "",
-    backward: Annotated[bool, typer.Option("--backward/--no-backward", help="Forward with backward, too.")] = True,
-    decode_batch: Annotated[int, typer.Option(help="Sequences of a decode step; 0: none.")] = 64,
-    repeats: Repeats = 0,
-    profile: Profile = False,
-    keep_compiled: Annotated[
-        bool, typer.Option("--keep-compiled", help="Use Triton's cache: first calls are no longer first.")
-    ] = False,
-    fla_configs: Annotated[
-        int, typer.Option(help="Configurations that fla's autotuner tries a kernel; 0: all, minutes a size.")
-    ] = 0,
-    device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
-    out: BenchDir = None,
-    json_output: Json = False,
-) -> None:
-    """Time every implementation of Kimi Delta Attention on the same inputs, against the device's floor."""
-    _quiet()
-    from models.bench import kda, kda_settings, kda_tables
-    from models.bench.arguments import names, numbers
-
-    lists: dict[str, Any] = {
-        "tokens": numbers("tokens", tokens) if tokens else (),
-        "gates": names(gate),
-        "impls": names(impl),
-    }
-    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}
-    what: dict[str, Any] = {"dtype": dtype, "backward": backward, "decode_batch": decode_batch, "profile": profile}
-    how: dict[str, Any] = {"device": device, "repeats": repeats, "keep_compiled": keep_compiled, "seed": seed}
-    how["fla_configs"] = fla_configs
-    settings = kda_settings.Settings(**lists, **shape, **what, **how)
-    _bench(kda, kda_tables, settings, "bench-kda", out, json_output)
-
-
-@bench.command(
-    "ttft",
-    epilog="Examples: `evalkit bench ttft --shapes qwen3-0.6b --tokens 8k,128k --out bench` · "
-    "`evalkit bench ttft ./teacher --keep 0,5,10`. Exit code 1: a side failed.",
-)
-def bench_ttft(
-    model: Annotated[str | None, typer.Argument(help="Take this model's shapes (id, folder or built-in name).")] = None,
-    shapes: Annotated[str, typer.Option(help="Comma-separated built-in shapes.", show_default="by the device")] = "",
-    config: Annotated[str | None, typer.Option(help="Shapes from a config.json.")] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Layers that keep attention: 0,2,6, a preset, uniform[:N].", show_default="the model's"),
-    ] = None,
-    tokens: Lengths = "",
-    batch: Annotated[int, typer.Option(help="Prompts.")] = 1,
-    decode_steps: Annotated[int, typer.Option(help="Steps timed after each prefill.")] = 16,
-    repeats: Annotated[int, typer.Option(help="Repetitions.")] = 5,
-    dtype: BenchDType = "auto",
-    device: Device = "auto",
-    attention: Annotated[str, typer.Option(help="sdpa (torch chooses), flash, cudnn, efficient or math.")] = "sdpa",
-    impl: Annotated[str | None, typer.Option(help="Of KDA.", show_default="by the device")] = None,
-    gate: Annotated[str | None, typer.Option(help="Of KDA: bounded or softplus.", show_default="bounded")] = None,
-    profile: Profile = False,
-    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
-    out: BenchDir = None,
-    json_output: Json = False,
-) -> None:
-    """Time to first token, decode step and cache of a teacher beside its hybrid, with random weights."""
-    _quiet()
-    from models.bench import ttft, ttft_settings, ttft_tables
-    from models.bench.arguments import names, numbers
-
-    lists: dict[str, Any] = {"tokens": numbers("tokens", tokens) if tokens else (), "shapes": names(shapes)}
-    who: dict[str, Any] = {"model": model, "config": config, "keep": keep, "dtype": dtype, "gate": gate}
-    what: dict[str, Any] = {"batch": batch, "decode_steps": decode_steps, "attention": attention, "impl": impl}
-    how: dict[str, Any] = {"device": device, "repeats": repeats, "profile": profile, "seed": seed}
-    settings = ttft_settings.Settings(**lists, **who, **what, **how)
-    _bench(ttft, ttft_tables, settings, "bench-ttft", out, json_output)
-
-
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False,
@@ -386,26 +308,6 @@ def _print_comparison(made: Any, out: Path, json_output: bool) -> None:
     console.print(f"Report: {out / 'compare.md'}. Items that disagree: evalkit show {out}")
     console.print(sentence(made.result))
     console.print(terminal_table(made.result, console.width))
-
-
-def _bench(what: Any, tables: Any, settings: Any, name: str, out: Path | None, json_output: bool) -> None:
-    """Measure ``settings``, keep what there is of the result as it grows, and print it."""
-    from models.bench import render
-
-    def save(result: dict[str, Any]) -> None:
-        if out:
-            render.write_result(out / name, result, tables.TITLE, tables.grids(result))
-
-    with render.progress(name) as report:
-        result = what.bench(settings, report=report, save=save)
-    if json_output:
-        print(json.dumps(result, indent=2))
-    else:
-        console.print("\n".join((*render.about(result), *result["notes"])), soft_wrap=True)
-        render.show(console, tables.grids(result))
-        if out:
-            console.print(f"Report: {out / name}.md; every sample: {out / name}.json")
-    raise typer.Exit(1 if what.failed(result) else 0)
 
 
 def _quiet() -> None:

@@ -1,4 +1,4 @@
-"""The commands that train: `evalkit distill`, `evalkit generate-data`; and the whole of the command line."""
+"""The commands that train: `evalkit distill`, `evalkit generate-data`, `evalkit bench distill`."""
 
 import json
 from functools import partial
@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Seed, Temperature, _quiet, bench, console
-from evalkit.cli_reports import app as app
+from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Seed, Temperature, _quiet, app, console
+from evalkit.cli_bench import bench
 
 Changes = Annotated[
     list[str] | None,

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from evalkit import api, api_reports
-from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, console
+from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, app, console
 from evalkit.cli import _quiet as quiet
-from evalkit.cli import app as app  # the same commands, and those below
 
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")]
 TaskNames = Annotated[

@@ -18,9 +18,9 @@ class Missing:
             raise ImportError(f"{name} is not installed here")
 sys.meta_path.insert(0, Missing())
 import typer
-from evalkit import cli
+from evalkit import cli_bench
 try:
-    getattr(cli, sys.argv[1])(**json.loads(sys.argv[2]))
+    getattr(cli_bench, sys.argv[1])(**json.loads(sys.argv[2]))
 except typer.Exit as done:
     sys.exit(done.exit_code)
 """
