@@ -72,11 +72,9 @@ def run(
     from evalkit.selection import select
 
     chosen = _settings(mode, settings)
-    wanted = [_task(one) for one in _each(tasks)]
+    wanted = [task_of(one) for one in _each(tasks)]
     _no_twins(wanted)
-    folder = Path(data_dir or os.environ["EVALKIT_DATA"]) if data_dir or os.environ.get("EVALKIT_DATA") else None
-    if folder is not None and not folder.is_dir():
-        raise ValueError(f"the data folder {folder} does not exist (--data-dir, EVALKIT_DATA)")
+    folder = data_folder(data_dir)
     for task in wanted:
         chosen.views_of(task)
     # Data is read before the model: what is missing there shows at once, not after minutes of loading.
@@ -216,7 +214,19 @@ def _settings(mode: str, settings: Mapping[str, Any]) -> Settings:
     return chosen
 
 
-def _task(name: str) -> Task:
+def data_folder(given: str | os.PathLike[str] | None) -> Path | None:
+    """``given``, or EVALKIT_DATA, or none; ValueError for a folder that is not there."""
+    named = given or os.environ.get("EVALKIT_DATA")
+    if not named:
+        return None
+    folder = Path(named)
+    if not folder.is_dir():
+        raise ValueError(f"the data folder {folder} does not exist (--data-dir, EVALKIT_DATA)")
+    return folder
+
+
+def task_of(name: str) -> Task:
+    """A registered task by its name, or one of the user's own by its file."""
     import tasks as registered  # noqa: F401
     from evalkit.registry import get_task
 

@@ -1,4 +1,4 @@
-"""The notebook's words for finished runs: rank, check, bridge, divergence, report."""
+"""The notebook's words for finished runs: rank, check, rescore, bridge, divergence, report."""
 
 from __future__ import annotations
 
@@ -49,6 +49,65 @@ def check(
         new = _score_as(read[0].settings, [task.entry.name for task in read[0].tasks], new, out, "new", engine)
     made = load_run(new)
     return made, [gate(made, one, margins or Margins()) for one in read]
+
+
+def rescore(
+    run: Any,
+    *,
+    rules: str | None = None,
+    normalisation: str | None = None,
+    files: Sequence[str | os.PathLike[str]] = (),
+    data_dir: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Run:
+    """A finished run under other extraction rules, another normalisation, or both; no model is needed.
+
+    Other rules read the items again: from ``data_dir`` as ``run`` does, a task of your own from its file in ``files``.
+    out: the new run's folder; the old one is left as it is. ValueError: items that changed since they were scored.
+    """
+    from typing import get_args
+
+    from evalkit.api import data_folder, task_of
+    from evalkit.records import Normalisation, Rules
+    from evalkit.rescore import renormalise, reread
+    from evalkit.selection import select
+
+    made = load_run(run)
+    if rules is None and normalisation is None:
+        raise ValueError("rescore needs --rules, --normalisation, or both")
+    for value, known, what in ((rules, Rules, "rules"), (normalisation, Normalisation, "normalisation")):
+        if value is not None and value not in get_args(known):
+            raise ValueError(f"unknown {what} {value!r}: expected {', '.join(get_args(known))}")
+    was = {"run": str(made.path or ""), **made.manifest.settings.model_dump(include={"rules", "normalisation"})}
+    if normalisation is not None:
+        made = renormalise(made, normalisation)  # type: ignore[arg-type]  # checked above
+    if rules is not None and made.manifest.settings.rules != rules:
+        own = [task_of(os.fspath(file)) for file in files]
+        named = {task.name: task for task in own}
+        need_files(name for name in made.tasks if name not in named)
+        tasks = [named.get(name) or task_of(name) for name in made.tasks]
+        folder = data_folder(data_dir)
+        items = {task.name: select(task, made.manifest.settings, folder).items for task in tasks}
+        read = {task.name: (task, {item.id: item for item in items[task.name]}) for task in tasks}
+        made = reread(made, rules, read)  # type: ignore[arg-type]
+    return made if out is None else _keep(made, Path(out), was)
+
+
+def _keep(made: Run, out: Path, was: Mapping[str, Any]) -> Run:
+    """Write a rescored run into a folder of its own."""
+    from evalkit.store import RunWriter, key_of
+
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give the rescored run another --out")
+    sessions = (*made.manifest.sessions, {"rescored": dict(was)})
+    writer = RunWriter(out, made.manifest.model_copy(update={"complete": False, "sessions": sessions}))
+    try:
+        records = [record for name in made.tasks for record in made.records(name).values()]
+        for record in records:
+            writer.append(record)
+        return writer.finish(map(key_of, records))
+    finally:
+        writer.close()
 
 
 def score_again(

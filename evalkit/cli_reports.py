@@ -1,4 +1,4 @@
-"""The commands on finished runs: rank, check, baseline, audit, explain, bridge, divergence, report.
+"""The commands on finished runs: rank, check, baseline, rescore, audit, explain, bridge, divergence, report.
 
 Only those that run a model need torch.
 """
@@ -12,6 +12,7 @@ import typer
 from evalkit import api, api_reports
 from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, app, console
 from evalkit.cli import _quiet as quiet
+from evalkit.records import Normalisation, Rules
 
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")]
 TaskNames = Annotated[
@@ -128,6 +129,31 @@ def update(
     made = update_baseline(api.load_run(run), file, anchor)
     told = ", ".join(f"{task.entry.name} ({len(task.items)})" for task in made.tasks)
     console.print(f"Baseline {file}{' (anchor)' if anchor else ''}: {made.name} on {told}")
+
+
+@app.command(
+    epilog="Examples: `evalkit rescore runs/student --rules strict --out runs/student-strict` · `evalkit rescore "
+    "runs/student --normalisation byte --out runs/student-byte`, then `evalkit compare` as with any run"
+)
+def rescore(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run; it is left as it is.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new run's folder.")],
+    rules: Annotated[Rules | None, typer.Option(help="Extraction.", show_default="the run's")] = None,
+    normalisation: Annotated[
+        Normalisation | None, typer.Option(help="Of log-likelihood.", show_default="the run's")
+    ] = None,
+    files: Annotated[
+        str, typer.Option("--tasks", "-t", help="Comma-separated JSONL files of tasks that are your own.")
+    ] = "",
+    data_dir: DataDir = None,
+    json_output: Json = False,
+) -> None:
+    """The same replies and scores under other rules; no model is needed."""
+    from reports.summary import run_summary, run_table
+
+    own = [name for name in files.split(",") if name]
+    made = api_reports.rescore(run, rules=rules, normalisation=normalisation, files=own, data_dir=data_dir, out=out)
+    print(json.dumps(run_summary(made), indent=2)) if json_output else console.print(run_table(made))
 
 
 @app.command(
