@@ -6,6 +6,7 @@ without torch.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import logging
@@ -55,6 +56,7 @@ def run(
     trust_remote_code: bool = False,
     engine: str = "hf",
     engine_options: Mapping[str, Any] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | bool = False,
     **settings: Any,
 ) -> Run:
@@ -66,6 +68,7 @@ def run(
     data_dir: folder with offline benchmark items (default: EVALKIT_DATA; neither: the Hugging Face hub).
     mode: "both", "loglikelihood" or "generation".
     engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
+    cache_dir: folder whose replies are taken, and to which new ones are added (evalkit/responses.py). None: neither.
     settings: any field of ``evalkit.settings.Settings`` (view, shots, chat, limit, ...).
     ValueError: what was asked can't be done; the message says what to change.
     """
@@ -83,7 +86,8 @@ def run(
     how |= {"trust_remote_code": trust_remote_code, "engine": engine, "options": dict(engine_options or {})}
     opened = _open(model, tokenizer, name, how)
     try:
-        return _score(opened, wanted, selections, chosen, None if out is None else Path(out), progress)
+        with _stored(opened, cache_dir) as answering:
+            return _score(opened, answering, wanted, selections, chosen, None if out is None else Path(out), progress)
     finally:
         opened.close()
 
@@ -261,8 +265,35 @@ def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any]) -> Open
     return open_loaded(describe(model, tokenizer, name or type(model).__name__), how["batch_size"])
 
 
+@contextlib.contextmanager
+def _stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterator[Engine]:
+    """The engine, with the response store of ``cache_dir`` before it."""
+    if cache_dir is None:
+        yield opened.engine
+        return
+    from evalkit.responses import Responses, StoredEngine, code
+
+    session = {name: value for name, value in opened.session.items() if name != "batch_size"}
+    how = {"fingerprint": opened.model.fingerprint, "dtype": opened.model.dtype, **session}
+    responses = Responses(Path(cache_dir), {**how, "versions": _versions(opened), "code": code()}, opened.model.name)
+    try:
+        yield StoredEngine(opened.engine, responses)
+    finally:
+        responses.close()
+    logger.info("%d replies taken from %s, %d added", responses.hits, responses.path, responses.misses)
+
+
+def _versions(opened: Opened) -> dict[str, str]:
+    from evalkit import __version__
+
+    # Ours by its constant: a checkout that is not installed has no metadata.
+    libraries = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+    return {"evalkit": __version__, **libraries, **opened.versions}
+
+
 def _score(
     opened: Opened,
+    engine: Engine,
     wanted: Sequence[Task],
     selections: Mapping[str, Selection],
     settings: Settings,
@@ -283,7 +314,7 @@ def _score(
     try:
         with bars(progress, opened.model.name) as report:
             for task in wanted:
-                keys += _score_task(task, selections[task.name], opened.engine, encoder, settings, writer, report)
+                keys += _score_task(task, selections[task.name], engine, encoder, settings, writer, report)
         return writer.finish(keys)
     finally:
         writer.close()
@@ -292,7 +323,6 @@ def _score(
 def _manifest(
     opened: Opened, settings: Settings, wanted: Sequence[Task], selections: Mapping[str, Selection]
 ) -> Manifest:
-    from evalkit import __version__
     from evalkit.records import TaskEntry
     from evalkit.store import Manifest
     from evalkit.views import ask
@@ -313,12 +343,7 @@ def _manifest(
                 listed=ask(gen_view, task, selections[task.name].items[0]).listed,
             )
         )
-    libraries = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    versions = {
-        "evalkit": __version__,
-        **libraries,
-        **opened.versions,
-    }  # a checkout that is not installed has no metadata
+    versions = _versions(opened)
     return Manifest(
         model=opened.model,
         settings=settings,

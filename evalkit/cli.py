@@ -71,6 +71,10 @@ Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (
 EngineOptions = Annotated[
     list[str] | None, typer.Option("--engine-option", help="Of the engine itself: KEY=VALUE, YAML's types; repeat.")
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option("--cache-dir", help="Take replies from this folder's store, and add new ones.", show_default="none"),
+]
 
 console = Console(markup=False)
 
@@ -99,6 +103,7 @@ def _scoring_options(
     trust_remote_code: Remote = False,
     engine: Engine = "hf",
     engine_options: EngineOptions = None,
+    cache_dir: CacheDir = None,
 ) -> None:
     """The options of every command that scores a model, with the API's names."""
 
