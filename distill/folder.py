@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from distill.recipe import differences
 from distill.stage import Recipe
 from distill.student import start_folder
-from evalkit.store import atomic
+from evalkit.store import LOCK, atomic
 
 RECIPE, METRICS, SELECTION, CHECKPOINTS, DELTA = (
     *("recipe.json", "metrics.jsonl", "selection.json", "checkpoints", "delta"),
@@ -35,7 +36,7 @@ def open_run(recipe: Recipe, out: Path, resume: bool, teacher: str) -> dict[str,
     if not told.is_file():
         if resume:
             raise ValueError(f"{out} holds no run that could go on (it has no {RECIPE}): leave --resume out")
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(one.name != LOCK for one in out.iterdir()):
             raise ValueError(f"{out} holds something else than a run: give another --out")
         return None
     if not (out / STATE).is_file():
@@ -55,6 +56,17 @@ def open_run(recipe: Recipe, out: Path, resume: bool, teacher: str) -> dict[str,
             f"it began; restore them, or give another --out"
         )
     return state
+
+
+def lock_run(out: Path) -> FileLock:
+    """Make the folder and hold it; ValueError where another process does."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is training into {out}; wait for it, or give another --out") from error
+    return lock
 
 
 def check_stage(recipe: Recipe, state: Mapping[str, Any] | None, stage: str | None) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distill.groups import FRESH, is_mixer, mixer_layers, multiplies, trained
-from distill.select import keep_layers_of
+from distill.select import keep_layers_of, selection_stage
 from distill.stage import ALIGNMENTS, Recipe, Stage
 from distill.student import add_lora
 from models.hybrid_config import HybridKDAConfig, check_family
@@ -76,6 +76,12 @@ def make_plan(recipe: Recipe, processes: int = 1) -> Plan:
     """From the teacher's configuration alone: no weights are read."""
     config = AutoConfig.from_pretrained(resolve(recipe.teacher))
     teacher, student = _empty(config), _empty(_student_config(recipe, config))
+    first = selection_stage(recipe)
+    stages = (
+        []
+        if first is None
+        else [stage_plan(first, teacher, _empty(_student_config(recipe, config, ())), recipe, processes)]
+    )
     if recipe.student.lora is not None:
         add_lora(student, recipe.student.lora)
     mixers = mixer_layers(student)
@@ -83,7 +89,7 @@ def make_plan(recipe: Recipe, processes: int = 1) -> Plan:
         teacher_parameters=_size(teacher),
         student_parameters=_size(student),
         kept=tuple(layer for layer in range(config.num_hidden_layers) if layer not in mixers),
-        stages=tuple(stage_plan(stage, teacher, student, recipe, processes) for stage in recipe.stages),
+        stages=(*stages, *(stage_plan(stage, teacher, student, recipe, processes) for stage in recipe.stages)),
     )
 
 
@@ -147,15 +153,17 @@ def _empty(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _student_config(recipe: Recipe, config: Any) -> Any:
+def _student_config(recipe: Recipe, config: Any, kept: tuple[int, ...] | None = None) -> Any:
+    """kept: layers, instead of the recipe's rule."""
     check_family(config)
     number, layers = keep_layers_of(recipe.student.keep), config.num_hidden_layers
     if recipe.student.mixer != "kda":
         config = copy.deepcopy(config)
-        kept = range(layers) if recipe.student.mixer == "same" else keep_layers(recipe.student.keep, layers)
-        setattr(config, FRESH, [layer for layer in range(layers) if layer not in kept])
+        own = range(layers) if recipe.student.mixer == "same" else keep_layers(recipe.student.keep, layers)
+        setattr(config, FRESH, [layer for layer in range(layers) if layer not in own])
         return config
-    kept = tuple(range(number)) if number else keep_layers(recipe.student.keep, layers)
+    if kept is None:
+        kept = tuple(range(number)) if number else keep_layers(recipe.student.keep, layers)
     return HybridKDAConfig.from_teacher(
         config,
         kept,

@@ -21,6 +21,7 @@ from distill.folder import (
     SELECTION,
     check_stage,
     last_checkpoint,
+    lock_run,
     open_run,
     read_state,
     tensorboard_writer,
@@ -35,7 +36,7 @@ from distill.packing import Batch, Stream, share
 from distill.parallel import Processes
 from distill.plan import peak_flops, stage_plan
 from distill.recipe import sha256
-from distill.select import keep_layers_of, kl_restore, restore
+from distill.select import keep_layers_of, kl_restore, restore, selection_stage
 from distill.speed import compiled, eager
 from distill.stage import Recipe, Stage
 from distill.student import add_lora, lora_factors, make_student, plain_model, start_folder
@@ -107,8 +108,8 @@ def distill(
     check_stage(recipe, state, stage)
     guardian = Guardian(recipe.guard, teacher.tokenizer, data_dir)
     processes.wait()  # until all have looked, before one writes
+    lock = lock_run(out) if processes.first else None
     if processes.first:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / RECIPE, recipe.model_dump(mode="json"))
     processes.wait()
     device = next(teacher.model.parameters()).device
@@ -147,6 +148,8 @@ def distill(
         return folder
     finally:
         metrics.close()
+        if lock is not None:
+            lock.release()
 
 
 def check_teacher(teacher: Loaded) -> None:
@@ -265,15 +268,8 @@ def _select(run: Run) -> None:
     recipe = run.recipe
     number = keep_layers_of(recipe.student.keep)
     assert number is not None
-    if recipe.student.select_tokens:
-        like = next((one for one in recipe.stages if one.loss == "align-block"), recipe.stages[0])
-        stage = Stage(
-            name="select",
-            loss="align-block",
-            train=("mixer",),
-            tokens=recipe.student.select_tokens,
-            **like.model_dump(include={"data", "seq_len", "batch", "micro_batch", "lr", "schedule", "warmup"}),
-        )
+    stage = selection_stage(recipe)
+    if stage is not None:
         stream = _stream(run, stage, recipe.seed + 500)
         objective = Objective(stage, run.teacher.model, run.student, run.mixers)
         masters = Masters(freeze(run.student, stage.train, run.mixers), stage, run.mixers)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.stage import Recipe, Stage
 from models.convert import Report, cast, convert
 from models.kept import check_layers
 from models.load import Loaded
@@ -27,6 +28,20 @@ def keep_layers_of(rule: str) -> int | None:
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"keep is {rule!r}: expected kl-restore:N, with N of at least 1 layers to keep")
     return int(number)
+
+
+def selection_stage(recipe: Recipe) -> Stage | None:
+    """The training before kl-restore compares the layers: align-block of mixers in all of them. None: there is none."""
+    if keep_layers_of(recipe.student.keep) is None or not recipe.student.select_tokens:
+        return None
+    like = next((one for one in recipe.stages if one.loss == "align-block"), recipe.stages[0])
+    return Stage(
+        name="select",
+        loss="align-block",
+        train=("mixer",),
+        tokens=recipe.student.select_tokens,
+        **like.model_dump(include={"data", "seq_len", "batch", "micro_batch", "lr", "schedule", "warmup"}),
+    )
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -65,6 +65,19 @@ def test_tokens_are_those_of_whole_steps(tmp_path: Path) -> None:
     assert plan.tokens == 3 * 384 + 512 and plan.flops == sum(one.flops for one in plan.stages)
 
 
+def test_the_selection_of_kl_restore_is_a_stage_of_its_own(tmp_path: Path) -> None:
+    teacher = folder(loaded(), tmp_path / "teacher")
+    made = recipe("kda", teacher, "student.keep=kl-restore:1", "student.select_tokens=256")
+    plan = make_plan(made)
+    assert [one.name for one in plan.stages] == ["select", *(stage.name for stage in made.stages)]
+    first, align = plan.stages[0], plan.stages[2]
+    assert first.tokens == 256 and plan.tokens == 256 + sum(one.tokens for one in plan.stages[1:])
+    assert first.trained == align.trained * 3 / 2, "mixers in all three layers, not in two"
+    assert first.flops_a_token > align.flops_a_token
+    without = make_plan(recipe("kda", teacher, "student.keep=kl-restore:1", "student.select_tokens=0"))
+    assert without.stages == plan.stages[1:]
+
+
 def test_operations_are_those_counted_by_hand(tmp_path: Path) -> None:
     """Hidden 32, MLP 48, 4 heads of 8 (2 of keys and values), vocabulary 400, head apart; layer 1 of 3 is attention."""
     qk, in_proj, out, mlp = 32 * 32 + 32 * 16, 32 * (32 + 16 + 16), 32 * 32, 3 * 32 * 48

@@ -328,6 +328,18 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    class Second(After):
+        def why(self) -> tuple[str, int] | None:
+            with pytest.raises(ValueError, match="another process is training into"):
+                run(tiny_recipe(), tmp_path / "run", resume=True)
+            return super().why()
+
+    with pytest.raises(Stopped):
+        run(tiny_recipe(), tmp_path / "run", stop=Second(2))
+    run(tiny_recipe(), tmp_path / "run", resume=True)
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(tiny_recipe(), tmp_path / "run", stop=After(2))
