@@ -64,12 +64,21 @@ SAID = {
 }
 
 
+GAINED = {
+    "log-likelihood hides loss": "log-likelihood shows more gain than generation does",
+    "log-likelihood shows more loss than generation": "generation gains more than log-likelihood shows",
+}
+"""The same verdicts where the student is ahead in both modes: a fine-tuned model beside its base, say."""
+
+
 def _gap_sentence(kind: str, cell: dict[str, Any]) -> str:
     gaps = {mode: signed(gap) for mode, gap in cell["gaps"].items()}
+    ahead = all(gap["mean"] < 0 for gap in cell["gaps"].values())
+    said = {**SAID, **GAINED} if ahead else SAID
     return (
         f"Student against teacher: a gap of {gaps['loglikelihood']} points by log-likelihood and of "
         f"{gaps['generation']} by generation over {_over(cell['tasks'])}, so a {kind} of {signed(cell)} in raw points "
-        f"and of {signed(cell['formula'])} in formula scores: {SAID[cell['verdict']]}."
+        f"and of {signed(cell['formula'])} in formula scores: {said[cell['verdict']]}."
     )
 
 

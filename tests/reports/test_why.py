@@ -34,6 +34,16 @@ def test_both_units_and_a_verdict_in_json_and_in_the_sentence() -> None:
     assert "in raw points and of +40.0" in made.to_markdown() and "log-likelihood hides loss" in made.to_markdown()
 
 
+def test_a_student_that_is_ahead_in_both_modes_loses_nothing() -> None:
+    """A fine-tuned model beside its base: the same verdicts, said of a gain."""
+    base = make_run(repeated((60, WRONG), (140, RIGHT)))
+    spoken = Comparison(base, make_run(repeated((40, RIGHT), (20, LL_ONLY), (140, RIGHT)))).to_markdown()
+    assert "log-likelihood shows more gain than generation does" in spoken and "hides loss" not in spoken
+    said_only = {"cloze": "wrong", "GEN": "correct"}
+    spoken = Comparison(base, make_run(repeated((20, RIGHT), (40, said_only), (140, RIGHT)))).to_markdown()
+    assert "generation gains more than log-likelihood shows" in spoken and "more loss" not in spoken
+
+
 def test_the_sign_of_a_hidden_gap_can_depend_on_the_unit() -> None:
     """Log-likelihood falls to guessing among two, generation to silence: raw says that generation lost more, and the
     formula score, in which a guess is worth nothing, that log-likelihood did."""
