@@ -19,7 +19,7 @@ def renormalise(run: Run, normalisation: Normalisation) -> Run:
 
     def again(record: ItemRecord, view: str) -> ItemRecord:
         outcomes = (
-            decide(outcome, record.gold, record.choices, normalisation)
+            decide(outcome, record.gold, record.choices, normalisation, record.also)
             if outcome.mode == LOGLIKELIHOOD and (outcome.view == view or normalisation != "pmi")
             else outcome
             for outcome in record.outcomes
