@@ -181,7 +181,8 @@ def _names_in_run(task: str, held: Sequence[str], include_path: str | os.PathLik
     if task.startswith(LM_EVAL) and task not in held:
         from tasks.lm_eval_tasks import members
 
-        return [name for name in members(task.removeprefix(LM_EVAL), _folder(include_path))]
+        behind = members(task.removeprefix(LM_EVAL), _folder(include_path))
+        return [name for name in behind if name in held] or behind  # a group's refused members are in no run
     return [task]
 
 

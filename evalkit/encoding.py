@@ -54,9 +54,8 @@ class Encoder:
         if not self.chat:
             own = "".join(f"{shot.question}{shot.joint}{shot.reply}{shot.gap}" for shot in ask.examples)
             return "".join(f"{self.joined(shot)}\n\n" for shot in shots) + ask.before + own + ask.question + ask.prefix
-        turns = [
-            turn for shot in (*shots, *ask.examples) for turn in (("user", shot.question), ("assistant", shot.reply))
-        ]
+        said = [*((x.question, x.reply) for x in shots), *((x.question, x.reply) for x in ask.examples)]
+        turns = [turn for question, reply in said for turn in (("user", question), ("assistant", reply))]
         prefix = ask.prefix.lstrip()
         if self.thinking and not closed:
             if prefix:

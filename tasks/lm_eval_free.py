@@ -1,7 +1,8 @@
 """Documents of lm-evaluation-harness without choices -> items in both modes.
 
-A generated reply is judged by the task's own filter and metric (the first of each that says right or wrong). Log-likelihood
-ranks the gold answer against near numbers, where all answers are numbers, or else against answers of other documents.
+A generated reply is judged by the task's own filter and metric (the first filter; the first metric that says right or
+wrong). Log-likelihood ranks the gold answer against near numbers, where all answers are numbers, or else against
+answers of other documents.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from evalkit.records import Item, Native
 from evalkit.selection import digest
 from tasks.distractors import Ring
 from tasks.lm_eval_kinds import metric_of
-from tasks.lm_eval_text import Writer, Written
+from tasks.lm_eval_text import Writer
 from tasks.numbers import distractors, plain
 from tasks.user import NUMBER
 

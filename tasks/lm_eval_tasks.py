@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness (EleutherAI, MIT) in both modes: ``lm_eval:NAME``.
 
-lm-eval's TaskManager reads its own YAML, its groups and tags, and a user's own YAML files; data sets come from where the
-YAML says. Which modes a task has is told in lm_eval_kinds.py, how its text becomes an item in lm_eval_text.py (multiple
-choice) and lm_eval_free.py (all others).
+lm-eval's TaskManager reads its own YAML, its groups and tags, and a user's own YAML files; data sets come from where
+the YAML says. Which modes a task has is told in lm_eval_kinds.py, how its text becomes an item in lm_eval_text.py
+(multiple choice) and lm_eval_free.py (all others).
 """
 
 import difflib

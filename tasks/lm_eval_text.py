@@ -165,7 +165,7 @@ def gap(contexts: Sequence[str]) -> tuple[tuple[str, str], tuple[str, ...]]:
 
 
 def cut_cue(question: str) -> tuple[str, str]:
-    """(question, its last line if that asks for the answer); "A:" would look like an option, so it becomes "Answer:"."""
+    """(question, the last line that asks for the answer); "A:" would look like an option, so it becomes "Answer:"."""
     found = _CUE.search(question)
     if found is None or not question[: found.start()].strip():
         return question, CUE
