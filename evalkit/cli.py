@@ -272,9 +272,9 @@ def tasks(
     table = Table("Task", "Views (LL → GEN)", "Shots", "Source", box=box.SIMPLE_HEAD, expand=True)
     table.add_column("What", no_wrap=True, overflow="ellipsis", ratio=1)
     for task in found:
-        source = "embedded" if task.embedded else task.source.partition(" ")[0]
+        origin = "embedded" if task.embedded else task.source.partition(" ")[0]
         views = " → ".join(dict.fromkeys((task.loglikelihood, task.generation)))
-        table.add_row(task.name, views, str(task.shots), source, task.summary.partition(": ")[2] or task.summary)
+        table.add_row(task.name, views, str(task.shots), origin, task.summary.partition(": ")[2] or task.summary)
     console.print(table)
 
 

@@ -176,11 +176,15 @@ def cut_cue(question: str) -> tuple[str, str]:
 def listing(question: str, choices: Sequence[str]) -> tuple[Literal["", "letters", "words"], tuple[str, ...]]:
     """(how ``question`` lists the choices, the texts of the options).
 
-    Choices that are letters themselves ("A", "(B)") stand for the texts behind these letters in the question.
+    Choices that are letters themselves ("A", "(B)") stand for the texts behind these letters in the question, and
+    choices that bring their letter along ("(A) 12") for what is behind it.
     """
     names = labels(len(choices))
     if [choice.strip(" ().:").upper() for choice in choices] == list(names):
         return "letters", _behind(question, names) or tuple(choices)
+    own = [re.match(rf"\(?{name}[.):]\s*(.+)", choice.strip(), re.S) for name, choice in zip(names, choices, strict=True)]
+    if all(own) and all(_last(question, choice.strip()) for choice in choices):
+        return "letters", tuple(found[1] for found in own if found)
     places = [_last(question, choice.strip()) for choice in choices]
     if not all(places):
         return "", tuple(choices)
