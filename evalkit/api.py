@@ -206,6 +206,23 @@ def load_run(path: Run | str | os.PathLike[str]) -> Run:
     return path if isinstance(path, Run) else read_run(Path(path))
 
 
+def import_run(
+    folder: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Run:
+    """What lm-eval wrote with ``--log_samples`` as a run; ``tasks``: only these, by lm-eval's names.
+
+    out: the run's folder. None: in memory only. ValueError: something is missing, damaged or of two models.
+    """
+    from tasks.lm_eval_import import import_run as read
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"the folder {folder} does not exist")
+    return read(Path(folder), None if out is None else Path(out), tasks)
+
+
 def is_run(value: Any) -> bool:
     """A run in memory, or a folder with a run.json (a model folder has a config.json instead)."""
     from evalkit.store import MANIFEST, Run

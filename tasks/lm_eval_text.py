@@ -182,7 +182,9 @@ def listing(question: str, choices: Sequence[str]) -> tuple[Literal["", "letters
     names = labels(len(choices))
     if [choice.strip(" ().:").upper() for choice in choices] == list(names):
         return "letters", _behind(question, names) or tuple(choices)
-    own = [re.match(rf"\(?{name}[.):]\s*(.+)", choice.strip(), re.S) for name, choice in zip(names, choices, strict=True)]
+    own = [
+        re.match(rf"\(?{name}[.):]\s*(.+)", choice.strip(), re.S) for name, choice in zip(names, choices, strict=True)
+    ]
     if all(own) and all(_last(question, choice.strip()) for choice in choices):
         return "letters", tuple(found[1] for found in own if found)
     places = [_last(question, choice.strip()) for choice in choices]

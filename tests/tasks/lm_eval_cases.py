@@ -274,7 +274,9 @@ CASES = {
         path="logiqa/logiqa.yaml",
         splits={
             "test": [
-                logiqa("All dogs bark.", "What follows?", ["Rex barks.", "Cats bark.", "No dog barks.", "Fish fly."], "a"),
+                logiqa(
+                    "All dogs bark.", "What follows?", ["Rex barks.", "Cats bark.", "No dog barks.", "Fish fly."], "a"
+                ),
                 logiqa("It is cold.", "What is true?", ["It is hot.", "It is cold.", "It is May.", "It is dry."], "b"),
             ],
             "train": [
