@@ -160,7 +160,9 @@ def _right(record: ItemRecord, entry: TaskEntry, kind: Any) -> bool:
 
 def _said_right(record: ItemRecord, entry: TaskEntry) -> bool:
     outcome = record.outcome(GENERATION, entry.generation)
-    return outcome is not None and outcome.outcome == "correct"
+    if outcome is None:
+        raise ValueError(f"{entry.name}: item {record.item} has no reply in view {entry.generation!r}")
+    return outcome.outcome == "correct"
 
 
 def part(task: Scores, keep: np.ndarray) -> Scores:

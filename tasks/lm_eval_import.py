@@ -69,7 +69,7 @@ def import_run(folder: Path, out: Path | None, tasks: Collection[str] | None = N
             parts=identity,
             dtype=identity.get("model_dtype", "").removeprefix("torch."),
             parameters=max(0, int(newest["config"].get("model_num_parameters") or 0)),
-            note=f"imported from lm-eval {newest['lm_eval_version']}, which stored the model's name, no hash of weights",
+            note=f"imported from lm-eval {newest['lm_eval_version']}, which stored its name and no hash of its weights",
         ),
         settings=_settings(newest, tuple(mode for mode in MODES if mode in found)),
         tasks=entries,

@@ -95,7 +95,8 @@ def lm_eval_tasks(
         if set(modes) <= set(kind.modes):
             found.append(member)
         elif kind.modes:
-            refused.append(f"{PREFIX}{member.name} can only be scored by {mode_word(kind.modes)}: {kind.reason}")
+            word = mode_word(kind.modes)
+            refused.append(f"{PREFIX}{member.name} can only be scored by {word} (--mode {word}): {kind.reason}")
         else:
             refused.append(f"{PREFIX}{member.name} can't be scored: {kind.reason}")
     if not found:
@@ -126,7 +127,7 @@ def _members(name: str, include_path: str | None) -> list[Member]:
         from lm_eval.tasks._index import TaskIndex
 
         entry = TaskIndex.entry_from_path(Path(name))
-        if entry is None or entry.kind != Entry.TASK:
+        if entry is None or entry.kind not in (Entry.TASK, Entry.PY_TASK):
             raise ValueError(
                 f"{name} is no file with a task in it; a group's file needs --include-path {Path(name).parent}"
             )

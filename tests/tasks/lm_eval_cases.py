@@ -1,7 +1,11 @@
 """Tasks of lm-eval with rows of their data sets' columns, and by hand what a model must be shown of the first one."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import datasets
+import pytest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -538,3 +542,30 @@ CASES = {
     ),
 }
 """Of a task without choices of its own, ``choices`` is the answer alone."""
+
+
+def yaml_of(case: Case) -> str:
+    import lm_eval.tasks
+
+    return str(Path(lm_eval.tasks.__file__).parent / case.path)
+
+
+def serve(monkeypatch: pytest.MonkeyPatch) -> dict[str, Case]:
+    """What ``datasets.load_dataset`` finds from now on: the rows of the one case put in here."""
+    found: dict[str, Case] = {}
+
+    def load_dataset(path: str, name: str | None = None, **kwargs: Any) -> Any:
+        [case] = found.values()
+        columns = next(iter(case.splits.values()))[0].keys()
+        empty = {column: [] for column in columns}
+        return datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_list(rows) if rows else datasets.Dataset.from_dict(empty)
+                for split, rows in case.splits.items()
+            }
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    # lm-eval asks pip and the shell about this machine, for a second each time.
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
+    return found

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from evalkit.scoring import decide, score_generation
 from evalkit.selection import select
 from evalkit.settings import Settings
 from evalkit.views import ask, labels
-from tests.tasks.lm_eval_cases import ARC, CASES, Case, arc
+from tasks.lm_eval_text import gap, listing
+from tests.tasks.lm_eval_cases import ARC, CASES, Case, arc, serve, yaml_of
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = [
@@ -39,33 +39,9 @@ def model(tokenizer: Any) -> Any:
     return tiny_llama(len(tokenizer))
 
 
-def yaml_of(case: Case) -> str:
-    import lm_eval.tasks
-
-    return str(Path(lm_eval.tasks.__file__).parent / case.path)
-
-
 @pytest.fixture
-def data(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Case]]:
-    """What ``datasets.load_dataset`` finds: the rows of the one case put in here."""
-    found: dict[str, Case] = {}
-
-    def load_dataset(path: str, name: str | None = None, **kwargs: Any) -> Any:
-        [case] = found.values()
-        columns = next(iter(case.splits.values()))[0].keys()
-        return datasets.DatasetDict(
-            {
-                split: datasets.Dataset.from_list(rows)
-                if rows
-                else datasets.Dataset.from_dict({c: [] for c in columns})
-                for split, rows in case.splits.items()
-            }
-        )
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    # lm-eval asks pip and the shell about this machine, for a second each time.
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-    yield found
+def data(monkeypatch: pytest.MonkeyPatch) -> dict[str, Case]:
+    return serve(monkeypatch)
 
 
 def loaded(data: dict[str, Case], name: str, shots: int | None = None) -> tuple[Task, list[Item]]:
@@ -223,6 +199,33 @@ def test_replies_are_judged_by_the_tasks_own_filter_and_metric_or_read_as_anywhe
         assert (outcome.outcome, outcome.answer) == expected, reply
 
 
+@pytest.mark.parametrize(
+    ("question", "choices", "expected"),
+    [
+        ("Q\nA. x\nB. y, or A. z\nAnswer:", ("A", "B"), ("letters", ("x", "y, or A. z"))),
+        ("Q Options: (A) one two (B) three", ("(A)", "(B)"), ("letters", ("one two", "three"))),
+        ("Which, A or B?", ("A", "B"), ("letters", ("A", "B"))),
+        ("Q\nA: red\nB: blue\nAnswer:", ("red", "blue"), ("letters", ("red", "blue"))),
+        ("Q\n1. red\n2. blue\nAnswer:", ("red", "blue"), ("words", ("red", "blue"))),
+        ("Is it wet? Yes or no?", ("no", "yes"), ("words", ("no", "yes"))),
+        ("Is it 'positive', 'neutral' or 'negative'?", ("negative", "neutral", "positive"), None),
+        ("The dog saw the cat. Who ran?", ("dog", "cat"), ("", ("dog", "cat"))),
+        ("An entailed text: true?", ("true", "untrue"), ("", ("true", "untrue"))),
+    ],
+)
+def test_a_question_lists_its_options_where_nothing_else_stands_between_them(
+    question: str, choices: tuple[str, ...], expected: tuple[str, tuple[str, ...]] | None
+) -> None:
+    assert listing(question, choices) == (expected or ("words", choices))
+
+
+def test_contexts_are_cut_at_words_into_what_they_share_and_what_each_has() -> None:
+    assert gap(["Ann ate as Ann was", "Ann ate as Andy was"]) == (("Ann ate as ", " was"), ("Ann", "Andy"))
+    assert gap(["a cat", "a cat sat"]) == (("a ", ""), ("cat", "cat sat"))
+    assert gap(["so it went", "so went"]) == (("so ", ""), ("it went", "went"))
+    assert gap(["a b ", "a b c"]) == (("", ""), ("a b ", "a b c")), "nothing would be left of the first"
+
+
 def test_generation_keeps_the_tasks_own_stops_and_length(data: dict[str, Case], tokenizer: Any) -> None:
     task, [item, *_] = loaded(data, "gsm8k", 2)
     for chat in (False, True):
@@ -248,7 +251,7 @@ REFUSED = {
     "wikitext/wikitext.yaml": "lm_eval:wikitext can't be scored: output_type loglikelihood_rolling",
     "humaneval/humaneval.yaml": "lm_eval:humaneval can't be scored: it runs code that the model wrote",
     "squadv2/squadv2.yaml": "lm_eval:squadv2 can't be scored: a Python class of its own",
-    "wmt2016/ro_en-t5_prompt.yaml": "can only be scored by loglikelihood: no metric says right or wrong",
+    "wmt2016/ro_en-t5_prompt.yaml": r"can only be scored by loglikelihood \(--mode loglikelihood\): no metric says",
 }
 
 
