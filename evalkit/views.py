@@ -226,7 +226,7 @@ def _native_letters(task: Task, item: Item) -> Ask:
     """Options listed between the given text and its cue, in the examples too; the text itself where it lists them."""
     given = item.native
     assert given is not None
-    if given.listed == "letters" or given.judge:
+    if given.listed == "letters":
         return native(task, item)
     names = labels(len(item.choices))
     examples = (replace(x, question=x.lettered[0], reply=x.lettered[1], joint=" ") for x in given.examples)

@@ -30,12 +30,12 @@ def free_items(task: Any, name: str, shots: int) -> tuple[list[Item], list[str]]
         (f"{name}-{at:05d}", written, gold_texts(task, written.doc))
         for at, written in enumerate(Writer(task, shots).documents())
     ]
-    short = [[_filtered(task, written.doc, text) for text in golds] for _, written, golds in documents]
+    short = [[_filtered(task, written.doc, text).strip() for text in golds] for _, written, golds in documents]
     numeric = all(golds and NUMBER.fullmatch(golds[0]) for golds in short)
     ring = Ring(golds[0] for golds in short if golds)
     metric = metric_of(task.config.to_dict(keep_callable=True)) or ""
     items, bad = [], []
-    for (one, written, _), golds in zip(documents, short, strict=True):
+    for (one, written, given), golds in zip(documents, short, strict=True):
         try:
             choices, gold = _choices(task, one, written.doc, golds, ring, numeric)
         except ValueError as error:
@@ -43,6 +43,7 @@ def free_items(task: Any, name: str, shots: int) -> tuple[list[Item], list[str]]
             continue
         native = replace(
             written.native,
+            joint=written.native.joint + _lead(given[0]),
             judge=_judge(task, written.doc, metric),
             stops=tuple(stop for stop in _until(task) if stop),
             max_tokens=task.config.generation_kwargs.get("max_gen_toks") or default_length(),
@@ -68,8 +69,9 @@ def word_items(task: Any, name: str, shots: int) -> tuple[list[Item], list[str]]
             continue
         # lm-eval joins by what the target begins with, and by nothing else.
         blank = written.native.joint.removesuffix(task.config.target_delimiter)
-        joint = blank + target[: len(target) - len(target.lstrip())]
-        native = replace(written.native, joint=joint, judge=_begins(word), stops=("\n",), max_tokens=len(word) + 8)
+        native = replace(
+            written.native, joint=blank + _lead(target), judge=_begins(word), stops=("\n",), max_tokens=len(word) + 8
+        )
         items.append(_item(one, native, choices, gold, ()))
     return items, bad
 
@@ -90,8 +92,8 @@ def _choices(task: Any, one: str, doc: Any, golds: list[str], ring: Ring, numeri
     if not golds:
         raise ValueError(f"{one}: lm-eval names no answer")
     if task.config.doc_to_choice is not None:
-        choices = tuple(task.doc_to_choice(doc))
-        return choices, choices.index(golds[0])
+        choices = tuple(str(choice).strip() for choice in task.doc_to_choice(doc))
+        return choices, int(task.doc_to_target(doc))
     number = parse_number(golds[0]) if numeric else None
     if number is not None:
         return _ranked(one, plain(number), [plain(value) for value in distractors(number, one)])
@@ -105,6 +107,11 @@ def _ranked(one: str, right: str, wrong: list[str]) -> tuple[tuple[str, ...], in
     texts = [right, *wrong]
     order = sorted(range(len(texts)), key=lambda i: digest("place", one, i))
     return tuple(texts[i] for i in order), order.index(0)
+
+
+def _lead(text: str) -> str:
+    """The white space that a target brings along in front."""
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _until(task: Any) -> list[str]:
@@ -122,7 +129,7 @@ def default_length() -> int:
 def _filtered(task: Any, doc: Any, text: str) -> str:
     """A gold answer as the task's filter would read it from a reply ("... #### 72" -> "72"), else the text itself."""
     found = _apply(task, doc, text)
-    return found if isinstance(found, str) and found not in ("", INVALID) else text.strip()
+    return found if isinstance(found, str) and found not in ("", INVALID) else text
 
 
 def _apply(task: Any, doc: Any, text: str) -> Any:

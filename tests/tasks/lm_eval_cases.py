@@ -507,6 +507,42 @@ CASES = {
         gold=0,
         view="native",
     ),
+    "arc_challenge_chat": Case(
+        path="arc/arc_challenge_chat.yaml",
+        splits={
+            "test": [ARC[0], arc("What do lungs take in?", "sand", "light", "air", "ice", key="C"), ARC[1]],
+            "train": ARC_TRAIN,
+            "validation": ARC_TRAIN,
+        },
+        # lm-eval's YAML has the two characters backslash and n in single quotes.
+        native="Given the following question and four candidate answers (A, B, C and D), choose the best answer.\\n"
+        "Question: Which part of a plant takes up water?\\nA. leaf\\nB. root\\nC. petal\\nD. seed\\nYour response "
+        'should end with "The best answer is [the_answer_letter]" where the [the_answer_letter] is one of A, B, C or D.'
+        " The best answer is",
+        choices=("B",),
+        gold=0,
+        view="native",
+        shots=False,
+    ),
+    "babi": Case(
+        path="babi/babi.yaml",
+        splits={
+            "test": [
+                {"passage": "Ann is in the hall.\n", "question": "Where is Ann?", "answer": "hall"},
+                {"passage": "Bob is in the office.\n", "question": "Where is Bob?", "answer": "office"},
+                {"passage": "Eve is in the kitchen.\n", "question": "Where is Eve?", "answer": "kitchen"},
+            ],
+            "train": [
+                {"passage": "Jim is in the garden.\n", "question": "Where is Jim?", "answer": "garden"},
+                {"passage": "Tom is in the park.\n", "question": "Where is Tom?", "answer": "park"},
+            ],
+            "valid": [],
+        },
+        native="Passage: Ann is in the hall.\nQuestion: Where is Ann?\nAnswer:",
+        choices=("hall",),
+        gold=0,
+        view="native",
+    ),
     "triviaqa": Case(
         path="triviaqa/default.yaml",
         splits={

@@ -94,7 +94,7 @@ def test_generation_sees_the_text_written_here(data: dict[str, Case], tokenizer:
         if "{options}" not in case.generated:
             assert item.choices == case.choices
     else:
-        assert len(item.choices) >= 3 and case.choices[0] in item.choices
+        assert len(item.choices) >= 2 and case.choices[0] in item.choices
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,10 @@ def test_loglikelihoods_and_accuracies_are_lm_evals(
         }
         theirs = sample["arguments"]
         if task_kind(sample) == "generate_until":
-            assert {text[: len(theirs[0][0])] for text in mine} == {theirs[0][0]}
+            gold = sample["target"] if isinstance(sample["target"], str) else sample["target"][0]
+            joint = " " if name != "babi" else ""
+            expected = f"{theirs[0][0]}{joint}{gold.rpartition('#### ')[2].replace(',', '')}"
+            assert expected in mine and all(text.startswith(theirs[0][0]) for text in mine)
             said = record.outcome(GENERATION, "native")
             assert said is not None and said.reply == sample["resps"][0][0]
             assert float(said.outcome == "correct") == sample["exact_match"]
