@@ -21,7 +21,7 @@ def import_(
     tasks: Annotated[str | None, typer.Option(help="Comma-separated, lm-eval's names.", show_default="all")] = None,
     json_output: Json = False,
 ) -> None:
-    """Read lm-eval's results as a run, to be shown, compared and ranked like any other."""
+    """Read lm-eval's results as a run, to be shown and compared like any other."""
     from reports.summary import run_summary, run_table
 
     made = api.import_run(folder, out=out, tasks=None if tasks is None else [one for one in tasks.split(",") if one])

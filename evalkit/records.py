@@ -260,5 +260,10 @@ class ItemRecord:
     """Tokens dropped from the left of the longest prompt because the model's window is too short."""
     outcomes: tuple[Outcome, ...] = ()
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right choices, the gold one first."""
+        return tuple(self.choices[i] for i in (self.gold, *self.also))
+
     def outcome(self, mode: Mode, view: str) -> Outcome | None:
         return next((o for o in self.outcomes if o.mode == mode and o.view == view), None)

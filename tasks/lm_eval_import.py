@@ -1,4 +1,4 @@
-"""What `lm_eval run --log_samples` wrote -> a run: old results compared, shown and ranked without the model.
+"""What `lm_eval run --log_samples` wrote -> a run: old results shown and compared without the model.
 
 Read are results_DATE.json and samples_TASK_DATE.jsonl of lm-eval 0.4. Multiple choice gives log-likelihood outcomes,
 with the sums that lm-eval stored and the choices' characters and bytes; tasks that generate give generation outcomes,

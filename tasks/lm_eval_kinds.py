@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, Mode
+from evalkit.records import LOGLIKELIHOOD, MODES, Mode
 
 RIGHT_OR_WRONG = (
     *("exact_match", "acc", "em", "accuracy", "quasi_exact_match", "numerical_match", "math_verify", "is_included"),
@@ -94,4 +94,4 @@ _PATH = re.compile(r"[\w-]\.\w+$")
 
 def mode_word(modes: tuple[Mode, ...]) -> str:
     """As `evalkit tasks --source lm_eval` says it."""
-    return {MODES: "both", (LOGLIKELIHOOD,): "loglikelihood", (GENERATION,): "generation"}.get(modes, "refused")
+    return "both" if modes == MODES else modes[0] if modes else "refused"
