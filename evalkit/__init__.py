@@ -37,7 +37,7 @@ except ImportError as error:
     print(f"evalkit: {error}", file=sys.stderr)  # the command's own main is not there yet to say it in one line
     raise SystemExit(2) from None
 
-from evalkit.api import compare, load_run, run, tasks  # noqa: E402  (after the check that it depends on)
+from evalkit.api import compare, import_run, load_run, run, tasks  # noqa: E402  (after the check that it depends on)
 from evalkit.api_reports import check, rank  # noqa: E402
 
-__all__ = ["__version__", "check", "compare", "load_run", "rank", "run", "tasks"]
+__all__ = ["__version__", "check", "compare", "import_run", "load_run", "rank", "run", "tasks"]

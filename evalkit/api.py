@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from reports.compare import Comparison
 
 DEFAULT_TASKS = ("quick", "arithmetic")
+LM_EVAL = "lm_eval:"
+"""Begins the name of every task that lm-eval defines."""
 logger = logging.getLogger("evalkit")
 
 
@@ -48,6 +50,7 @@ def run(
     name: str = "",
     out: str | os.PathLike[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
+    include_path: str | os.PathLike[str] | None = None,
     mode: str = "both",
     batch_size: int | None = None,
     dtype: str = "auto",
@@ -63,9 +66,10 @@ def run(
     """Score ``model`` on ``tasks`` in both modes.
 
     model: a Hugging Face id, a folder, a built-in name, or a live ``nn.Module`` (then with its ``tokenizer``).
-    tasks: names of registered tasks, or paths of JSONL files.
+    tasks: names of registered tasks, paths of JSONL files, or lm_eval:NAME for a task, group or tag of lm-eval.
     out: the run's folder; a run that was cut off goes on there. None: in memory only.
     data_dir: folder with offline benchmark items (default: EVALKIT_DATA; neither: the Hugging Face hub).
+    include_path: folder with lm-eval YAML files of your own.
     mode: "both", "loglikelihood" or "generation".
     engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
     cache_dir: folder whose replies are taken, and to which new ones are added (evalkit/responses.py). None: neither.
@@ -75,7 +79,7 @@ def run(
     from evalkit.selection import select
 
     chosen = _settings(mode, settings)
-    wanted = [task_of(one) for one in _each(tasks)]
+    wanted = [task for one in _each(tasks) for task in tasks_of(one, chosen, include_path)]
     _no_twins(wanted)
     folder = data_folder(data_dir)
     for task in wanted:
@@ -125,7 +129,10 @@ def compare(
             runs[who] = run(side, names, out=None if folder is None else folder / who, **options)
     if normalisation is not None:
         runs = {who: renormalise(one, normalisation) for who, one in runs.items()}
-    chosen = None if tasks is None else [_name_in_run(name) for name in _each(tasks)]
+    chosen = None
+    if tasks is not None:
+        held = runs["teacher"].tasks
+        chosen = [name for task in _each(tasks) for name in _names_in_run(task, held, options.get("include_path"))]
     comparison = Comparison(runs["teacher"], runs["student"], tasks=chosen)
     if folder is not None:
         comparison.save(folder)
@@ -147,10 +154,11 @@ def _as_scored(
                 f"{scored[name]!r}; leave it out, or score that model again"
             )
     for task in _each(tasks or ()):
-        if _name_in_run(task) not in run_.tasks:
-            raise ValueError(
-                f"task {task!r} is not in the run of {run_.manifest.model.name}; it has {', '.join(run_.tasks)}"
-            )
+        for name in _names_in_run(task, run_.tasks, options.get("include_path")):
+            if name not in run_.tasks:
+                raise ValueError(
+                    f"task {name!r} is not in the run of {run_.manifest.model.name}; it has {', '.join(run_.tasks)}"
+                )
     return tasks or run_.tasks, {**options, **scored}
 
 
@@ -159,18 +167,29 @@ def need_files(names: Iterable[str]) -> None:
     import tasks as registered  # noqa: F401
     from evalkit.registry import TASKS
 
-    own = [name for name in names if name not in TASKS]
+    own = [name for name in names if name not in TASKS and not name.startswith(LM_EVAL)]
     if own:
         raise ValueError(
             f"the run holds {own[0]!r}, which is no registered task; name its file: --tasks PATH/{own[0]}.jsonl"
         )
 
 
-def _name_in_run(task: str) -> str:
-    """The name that a task has in a run: its own, or that of its JSONL file."""
-    from tasks.user import task_name
+def _names_in_run(task: str, held: Sequence[str], include_path: str | os.PathLike[str] | None) -> list[str]:
+    """The names that a task has in a run: its own, that of its JSONL file, or those of lm-eval's tasks behind it."""
+    if _is_file(task):
+        from tasks.user import task_name
 
-    return task_name(Path(task)) if _is_file(task) else task
+        return [task_name(Path(task))]
+    if task.startswith(LM_EVAL) and task not in held:
+        from tasks.lm_eval_tasks import members
+
+        behind = members(task.removeprefix(LM_EVAL), _folder(include_path))
+        return [name for name in behind if name in held] or behind  # a group's refused members are in no run
+    return [task]
+
+
+def _folder(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _is_file(task: str) -> bool:
@@ -187,6 +206,23 @@ def load_run(path: Run | str | os.PathLike[str]) -> Run:
     from evalkit.store import Run, read_run
 
     return path if isinstance(path, Run) else read_run(Path(path))
+
+
+def import_run(
+    folder: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Run:
+    """What lm-eval wrote with ``--log_samples`` as a run; ``tasks``: only these, by lm-eval's names.
+
+    out: the run's folder. None: in memory only. ValueError: something is missing, damaged or of two models.
+    """
+    from tasks.lm_eval_import import import_run as read
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"the folder {folder} does not exist")
+    return read(Path(folder), None if out is None else Path(out), tasks)
 
 
 def is_run(value: Any) -> bool:
@@ -229,16 +265,20 @@ def data_folder(given: str | os.PathLike[str] | None) -> Path | None:
     return folder
 
 
-def task_of(name: str) -> Task:
-    """A registered task by its name, or one of the user's own by its file."""
+def tasks_of(name: str, settings: Settings, include_path: str | os.PathLike[str] | None = None) -> list[Task]:
+    """What ``name`` stands for: a registered task, the user's own by its file, or those of a group of lm-eval's."""
     import tasks as registered  # noqa: F401
     from evalkit.registry import get_task
 
     if _is_file(name):
         from tasks.user import user_task
 
-        return user_task(Path(name))
-    return get_task(name)
+        return [user_task(Path(name))]
+    if name.startswith(LM_EVAL):
+        from tasks.lm_eval_tasks import lm_eval_tasks
+
+        return lm_eval_tasks(name.removeprefix(LM_EVAL), settings.modes, settings.shots, _folder(include_path))
+    return [get_task(name)]
 
 
 def _no_twins(wanted: Iterable[Task]) -> None:

@@ -58,16 +58,18 @@ def rescore(
     normalisation: str | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
     data_dir: str | os.PathLike[str] | None = None,
+    include_path: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Run:
     """A finished run under other extraction rules, another normalisation, or both; no model is needed.
 
-    Other rules read the items again: from ``data_dir`` as ``run`` does, a task of your own from its file in ``files``.
+    Other rules read the items again, as ``run`` does: from ``data_dir``, from the files of your own tasks (``files``),
+    from YAML files in ``include_path``.
     out: the new run's folder; the old one is left as it is. ValueError: items that changed since they were scored.
     """
     from typing import get_args
 
-    from evalkit.api import data_folder, task_of
+    from evalkit.api import data_folder, tasks_of
     from evalkit.records import Normalisation, Rules
     from evalkit.rescore import renormalise, reread
     from evalkit.selection import select
@@ -82,12 +84,13 @@ def rescore(
     if normalisation is not None:
         made = renormalise(made, normalisation)  # type: ignore[arg-type]  # checked above
     if rules is not None and made.manifest.settings.rules != rules:
-        own = [task_of(os.fspath(file)) for file in files]
+        settings, folder = made.manifest.settings, data_folder(data_dir)
+        own = [task for file in files for task in tasks_of(os.fspath(file), settings, include_path)]
         named = {task.name: task for task in own}
         need_files(name for name in made.tasks if name not in named)
-        tasks = [named.get(name) or task_of(name) for name in made.tasks]
-        folder = data_folder(data_dir)
-        items = {task.name: select(task, made.manifest.settings, folder).items for task in tasks}
+        rest = [task for name in made.tasks if name not in named for task in tasks_of(name, settings, include_path)]
+        tasks = [*own, *rest]
+        items = {task.name: select(task, settings, folder).items for task in tasks}
         read = {task.name: (task, {item.id: item for item in items[task.name]}) for task in tasks}
         made = reread(made, rules, read)  # type: ignore[arg-type]
     return made if out is None else _keep(made, Path(out), was)

@@ -32,7 +32,7 @@ Tasks = Annotated[
     typer.Option(
         "--tasks",
         "-t",
-        help="Comma-separated task names or paths of JSONL files.",
+        help="Comma-separated: task names, paths of JSONL files, or lm_eval:NAME (a task, group or tag of lm-eval).",
         show_default=",".join(api.DEFAULT_TASKS),
     ),
 ]
@@ -59,6 +59,9 @@ Seed = Annotated[int, typer.Option(help="Of sampling.")]
 DataDir = Annotated[
     Path | None,
     typer.Option(envvar="EVALKIT_DATA", help="Folder with offline benchmark items.", show_default="the hub"),
+]
+IncludePath = Annotated[
+    Path | None, typer.Option("--include-path", help="Folder with lm-eval YAML files of your own.", show_default="none")
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows a batch.", show_default="16 on the CPU, 64 on a GPU")]
 DType = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
@@ -96,6 +99,7 @@ def _scoring_options(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     data_dir: DataDir = None,
+    include_path: IncludePath = None,
     batch_size: BatchSize = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -241,10 +245,20 @@ def convert(
     console.print(f"Student kept in {out}. Next: evalkit compare {teacher} {out} --tasks quick")
 
 
-@app.command(epilog="Example: `evalkit tasks --json`")
-def tasks(json_output: Json = False) -> None:
+@app.command(epilog="Examples: `evalkit tasks --json` · `evalkit tasks --source lm_eval --matching arc`")
+def tasks(
+    source: Annotated[
+        Literal["evalkit", "lm_eval"], typer.Option(help="evalkit's own, or lm-eval's and the modes that each has.")
+    ] = "evalkit",
+    matching: Annotated[str, typer.Option(help="Only names that hold this text.", show_default="all")] = "",
+    include_path: IncludePath = None,
+    json_output: Json = False,
+) -> None:
     """List the tasks: views, primary normalisation, where the items come from."""
-    found = api.tasks()
+    if source == "lm_eval":
+        _lm_eval_tasks(matching, include_path, json_output)
+        return
+    found = [task for task in api.tasks() if matching in task.name]
     if json_output:
         keys = (
             "name",
@@ -263,9 +277,9 @@ def tasks(json_output: Json = False) -> None:
     table = Table("Task", "Views (LL → GEN)", "Shots", "Source", box=box.SIMPLE_HEAD, expand=True)
     table.add_column("What", no_wrap=True, overflow="ellipsis", ratio=1)
     for task in found:
-        source = "embedded" if task.embedded else task.source.partition(" ")[0]
+        origin = "embedded" if task.embedded else task.source.partition(" ")[0]
         views = " → ".join(dict.fromkeys((task.loglikelihood, task.generation)))
-        table.add_row(task.name, views, str(task.shots), source, task.summary.partition(": ")[2] or task.summary)
+        table.add_row(task.name, views, str(task.shots), origin, task.summary.partition(": ")[2] or task.summary)
     console.print(table)
 
 
@@ -300,6 +314,29 @@ def _version(
         raise typer.Exit
 
 
+def _lm_eval_tasks(matching: str, include_path: Path | None, json_output: bool) -> None:
+    """lm-eval's tasks, told from their YAML alone."""
+    _quiet()
+    from collections import Counter
+
+    from tasks.lm_eval_kinds import mode_word
+    from tasks.lm_eval_tasks import PREFIX, kinds
+
+    found = [
+        {"name": f"{PREFIX}{name}", "modes": mode_word(kind.modes), "reason": kind.reason}
+        for name, kind in kinds(matching, None if include_path is None else str(include_path))
+    ]
+    if json_output:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    table = Table("Task", "Modes", "Why not both", box=box.SIMPLE_HEAD)
+    for row in found:
+        table.add_row(row["name"], row["modes"], row["reason"])
+    console.print(table)
+    counts = Counter(row["modes"] for row in found)
+    console.print(f"{len(found)} tasks: {', '.join(f'{n} {modes}' for modes, n in counts.most_common())}")
+
+
 def _print_comparison(made: Any, out: Path, json_output: bool) -> None:
     from reports.markdown import sentence
     from reports.table import terminal_table
@@ -327,6 +364,7 @@ def _quiet() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
-    stdlib_logging.getLogger("huggingface_hub").setLevel(stdlib_logging.ERROR)
+    for package in ("huggingface_hub", "lm_eval"):
+        stdlib_logging.getLogger(package).setLevel(stdlib_logging.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

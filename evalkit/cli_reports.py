@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from evalkit import api, api_reports
-from evalkit.cli import BatchSize, DataDir, Device, DType, Json, Remote, app, console
+from evalkit.cli import BatchSize, DataDir, Device, DType, IncludePath, Json, Remote, app, console
 from evalkit.cli import _quiet as quiet
 from evalkit.records import Normalisation, Rules
 
@@ -146,13 +146,15 @@ def rescore(
         str, typer.Option("--tasks", "-t", help="Comma-separated JSONL files of tasks that are your own.")
     ] = "",
     data_dir: DataDir = None,
+    include_path: IncludePath = None,
     json_output: Json = False,
 ) -> None:
     """The same replies and scores under other rules; no model is needed."""
     from reports.summary import run_summary, run_table
 
     own = [name for name in files.split(",") if name]
-    made = api_reports.rescore(run, rules=rules, normalisation=normalisation, files=own, data_dir=data_dir, out=out)
+    where: dict[str, Any] = {"files": own, "data_dir": data_dir, "include_path": include_path}
+    made = api_reports.rescore(run, rules=rules, normalisation=normalisation, **where, out=out)
     print(json.dumps(run_summary(made), indent=2)) if json_output else console.print(run_table(made))
 
 

@@ -52,13 +52,18 @@ class Encoder:
     def prompt(self, shots: Sequence[Ask], ask: Ask, *, closed: bool) -> str:
         """The text up to the answer. ``closed``: a thinking block, if the template has one, is empty and shut."""
         if not self.chat:
-            return "".join(f"{self.joined(shot)}\n\n" for shot in shots) + ask.question
-        turns = [turn for shot in shots for turn in (("user", shot.question), ("assistant", shot.reply))]
+            own = "".join(f"{shot.question}{shot.joint}{shot.reply}{shot.gap}" for shot in ask.examples)
+            return "".join(f"{self.joined(shot)}\n\n" for shot in shots) + ask.before + own + ask.question + ask.prefix
+        said = [*((x.question, x.reply) for x in shots), *((x.question, x.reply) for x in ask.examples)]
+        turns = [turn for question, reply in said for turn in (("user", question), ("assistant", reply))]
+        prefix = ask.prefix.lstrip()
         if self.thinking and not closed:
-            return self._render(turns, ask.question, True)
-        text = self._render(turns, ask.question, False)
+            if prefix:
+                raise ValueError(f"the answer is begun for the model ({prefix!r}), so it can't think first")
+            return self._render(turns, ask.question, True, ask.before)
+        text = self._render(turns, ask.question, False, ask.before)
         if "<|channel|>" in str(self.tokenizer.chat_template):
-            if not closed:
+            if not closed and not prefix:
                 return text
             raise ValueError(
                 "log-likelihood is refused: this chat template reasons in <|channel|> blocks, which evalkit cannot "
@@ -66,24 +71,31 @@ class Encoder:
             )
         tail = text.rstrip()
         if tail.endswith(OPEN):
-            return f"{tail}\n\n{CLOSE}\n\n"
+            return f"{tail}\n\n{CLOSE}\n\n{prefix}"
         if self.thinking and not tail.endswith(CLOSE):
-            return f"{text}{OPEN}\n\n{CLOSE}\n\n"
-        return text
+            return f"{text}{OPEN}\n\n{CLOSE}\n\n{prefix}"
+        return text + prefix
 
     def joined(self, ask: Ask) -> str:
         """A few-shot example as plain text."""
         if ask.contexts:
             return ask.reply
-        return ask.question + self.delimiter + ask.reply
+        return ask.question + ask.joint + ask.reply
 
     @property
     def delimiter(self) -> str:
         """What stands between prompt and answer: a space in running text, nothing at a chat turn's start."""
         return "" if self.chat else " "
 
-    def _render(self, turns: list[tuple[str, str]], question: str, thinking: bool) -> str:
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+    def answer(self, ask: Ask, text: str) -> str:
+        """``text`` with what joins it to the prompt of ``ask``."""
+        if not self.chat:
+            return ask.joint + text
+        return ask.joint + text if ask.prefix and not ask.prefix[-1].isspace() else text
+
+    def _render(self, turns: list[tuple[str, str]], question: str, thinking: bool, before: str = "") -> str:
+        system = "\n\n".join(part for part in (self.system, before) if part)
+        messages = [{"role": "system", "content": system}] if system else []
         messages += [{"role": role, "content": content} for role, content in (*turns, ("user", question))]
         try:
             text = self.tokenizer.apply_chat_template(

@@ -53,6 +53,7 @@ def record(task: Task, plan: Plan, replies: dict[int, Reply], settings: Settings
         prompt_sha256=plan.prompt_sha256,
         gold=item.gold,
         choices=item.choices,
+        also=item.also,
         stratum=item.stratum,
         cluster=item.cluster or item.id,
         prompts=plan.prompts,

@@ -3,6 +3,7 @@
 All are frozen. Every index counts from 0; every log-probability is in nats.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +22,52 @@ Rules = Literal["strict", "lenient"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A few-shot example whose text is given."""
+
+    question: str
+    reply: str
+    joint: str = " "
+    """Between question and reply in running text."""
+    gap: str = "\n\n"
+    """Behind the reply in running text."""
+    lettered: tuple[str, str] = ("", "")
+    """(question, reply) as view ``letters`` shows the example."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Native:
+    """The text of an item that comes written, as another harness puts it to a model (view ``native``)."""
+
+    question: str
+    """All text up to the answer but for ``before`` and the examples; never ends in white space."""
+    joint: str = " "
+    """Between question and answer in running text, bytes as given."""
+    before: str = ""
+    """A description in front of the examples; the system message of a chat."""
+    examples: tuple[Example, ...] = ()
+    prefix: str = ""
+    """What the answer begins with, behind the question and at the start of a chat's turn."""
+    stem: str = ""
+    """The question without its cue, and..."""
+    cue: str = ""
+    """... the cue: view ``letters`` lists the options between them."""
+    listed: Literal["", "letters", "words"] = ""
+    """Whether the question lists the options already, with letters or by their text alone."""
+    labels: tuple[str, ...] = ()
+    """Scored in the choices' place: the letters under which the question lists them. Empty: the choices."""
+    around: tuple[str, str] | None = None
+    """Each choice stands between these two in a question of its own, and ``ending`` is scored behind all of them."""
+    ending: str = ""
+    judge: Callable[[str], tuple[bool | None, str]] | None = None
+    """Reply -> (right, the answer as read); None: there is none. Without a judge evalkit's extraction reads replies."""
+    stops: tuple[str, ...] = ()
+    """Of ``judge``'s replies, also in a chat."""
+    max_tokens: int = 0
+    """Length limit of a generated answer. 0: the view's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One question of a benchmark. Both modes and every view read this and nothing else."""
 
@@ -31,6 +78,8 @@ class Item:
     """What log-likelihood ranks; at least two. Of an open question: the gold answer and distractors."""
     gold: int
     """The right one of ``choices``."""
+    also: tuple[int, ...] = ()
+    """Other choices that are right too."""
     aliases: tuple[str, ...] = ()
     """Other spellings of the gold choice that a generated answer may use."""
     passage: str = ""
@@ -41,6 +90,8 @@ class Item:
     """Items that share a cluster are not independent (one passage, one template). Empty: the item's own id."""
     stratum: str = ""
     """A fixed part of the benchmark (MMLU's subject), reported apart. Empty: none."""
+    native: Native | None = None
+    """The item as another harness writes it, with its own examples. None: views write it."""
 
     def __post_init__(self) -> None:
         if len(self.choices) < 2:
@@ -48,14 +99,20 @@ class Item:
         for i, choice in enumerate(self.choices):
             if not choice.strip():
                 raise ValueError(f"{self.id}: choice {i} is empty, so nothing can be scored; correct or drop the item")
-        if not 0 <= self.gold < len(self.choices):
-            raise ValueError(
-                f"{self.id}: the gold answer is choice {self.gold}, but choices go from 0 to {len(self.choices) - 1}"
-            )
+        for gold in (self.gold, *self.also):
+            if not 0 <= gold < len(self.choices):
+                raise ValueError(
+                    f"{self.id}: the gold answer is choice {gold}, but choices go from 0 to {len(self.choices) - 1}"
+                )
 
     @property
     def answer(self) -> str:
         return self.choices[self.gold]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right choices, ``answer`` first."""
+        return tuple(self.choices[i] for i in (self.gold, *self.also))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +250,8 @@ class ItemRecord:
     """Of the bytes of all the item's prompts and scored texts: equal in two runs that asked the same."""
     gold: int
     choices: tuple[str, ...]
+    also: tuple[int, ...] = ()
+    """Other choices that are right too."""
     stratum: str = ""
     cluster: str = ""
     prompts: dict[str, str] = field(default_factory=dict)
@@ -200,6 +259,11 @@ class ItemRecord:
     cut: int = 0
     """Tokens dropped from the left of the longest prompt because the model's window is too short."""
     outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All right choices, the gold one first."""
+        return tuple(self.choices[i] for i in (self.gold, *self.also))
 
     def outcome(self, mode: Mode, view: str) -> Outcome | None:
         return next((o for o in self.outcomes if o.mode == mode and o.view == view), None)

@@ -103,13 +103,15 @@ def _plan(task: Task, item: Item, shots: Sequence[Item], encoder: Encoder, setti
     def written(view: str, closed: bool) -> tuple[Ask, str]:
         one = ask(view, task, item)
         text = encoder.prompt([ask(view, task, shot) for shot in shots], one, closed=closed)
-        texts.extend([text, *one.contexts, *one.answers])
+        texts.extend([text, *one.contexts, *one.questions, *one.answers])
         return one, text
 
     def score(view: str, one: Ask, text: str) -> tuple[Place, ...]:
         if one.contexts:
             return _score_contexts(requests, encoder, one, text)
-        prompt, tails = encoder.join(text, [encoder.delimiter + answer for answer in one.answers])
+        if one.questions:
+            return _score_questions(requests, encoder, one)
+        prompt, tails = encoder.join(text, [encoder.answer(one, answer) for answer in one.answers])
         longest = max(map(len, tails))
         # Both modes cut an overlong prompt alike, so that they still see the same one.
         reserve[view] = max(longest, reserve.get(view, 0))
@@ -121,7 +123,8 @@ def _plan(task: Task, item: Item, shots: Sequence[Item], encoder: Encoder, setti
     if LOGLIKELIHOOD in settings.modes:
         for view in ll_views:
             one, text = written(view, closed=True)
-            prompts[view] = text + (f" [{' | '.join(one.contexts)}]" if one.contexts else "")
+            apart = one.contexts or one.questions
+            prompts[view] = text + (f" [{' | '.join(apart)}]" if apart else "")
             hidden: tuple[Place, ...] = ()
             if view == ll_view or "pmi" in (settings.normalisation, task.normalisation):
                 bare = blind(view, task, item)
@@ -129,6 +132,11 @@ def _plan(task: Task, item: Item, shots: Sequence[Item], encoder: Encoder, setti
             scored.append(Scored(view=view, ask=one, places=score(view, one, text), blind=hidden))
     if GENERATION in settings.modes:
         one, text = written(gen_view, closed=False)
+        if one.questions:
+            raise ValueError(
+                f"view {gen_view!r} has a prompt for each choice and can't generate; give generation another one, "
+                f"e.g. --view {gen_view}:{task.generation}"
+            )
         prompts.setdefault(gen_view, text)
         if prompts[gen_view] != text:  # log-likelihood came after a closed thinking block
             prompts[f"{gen_view} (thinking)"] = text
@@ -144,7 +152,7 @@ def _plan(task: Task, item: Item, shots: Sequence[Item], encoder: Encoder, setti
             request,
             Generation(
                 max_tokens=limit,
-                stops=() if encoder.chat else one.stops,
+                stops=() if encoder.chat and one.judge is None else one.stops,
                 temperature=settings.temperature,
                 seed=settings.seed,
                 thought=thought,
@@ -172,5 +180,15 @@ def _score_contexts(requests: _Requests, encoder: Encoder, one: Ask, text: str) 
     places: list[Place] = []
     for context, answer in zip(one.contexts, one.answers, strict=True):
         prompt, tails = encoder.join(header + context, [" " + answer])
+        places += requests.score(requests.add(prompt, len(tails[0])), tails)
+    return tuple(places)
+
+
+def _score_questions(requests: _Requests, encoder: Encoder, one: Ask) -> tuple[Place, ...]:
+    """A prompt for each choice, examples and all, and one and the same answer scored after all of them."""
+    places: list[Place] = []
+    for question, answer in zip(one.questions, one.answers, strict=True):
+        text = encoder.prompt([], replace(one, question=question), closed=True)
+        prompt, tails = encoder.join(text, [encoder.answer(one, answer)])
         places += requests.score(requests.add(prompt, len(tails[0])), tails)
     return tuple(places)

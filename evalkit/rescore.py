@@ -22,7 +22,7 @@ def renormalise(run: Run, normalisation: Normalisation) -> Run:
 
     def again(record: ItemRecord, view: str) -> ItemRecord:
         outcomes = (
-            decide(outcome, record.gold, record.choices, normalisation)
+            decide(outcome, record.gold, record.choices, normalisation, record.also)
             if outcome.mode == LOGLIKELIHOOD and (outcome.view == view or normalisation != "pmi")
             else outcome
             for outcome in record.outcomes
@@ -51,7 +51,7 @@ def reread(run: Run, rules: Rules, tasks: Mapping[str, tuple[Task, Mapping[str, 
                     f"task {entry.name!r} changed since the run was scored (version {record.version}, now "
                     f"{task.version}; item {record.item}); score the model again"
                 )
-            if (item.gold, item.choices) != (record.gold, record.choices):
+            if (item.gold, item.also, item.choices) != (record.gold, record.also, record.choices):
                 raise ValueError(f"item {record.item} of {entry.name!r} has other choices now; score the model again")
             outcomes = (_reread(one, task, item, rules) if one.mode == GENERATION else one for one in record.outcomes)
             records.append(replace(record, outcomes=tuple(outcomes)))

@@ -16,6 +16,12 @@ TIE = 1e-5
 differ by less."""
 
 
+def can_normalise(outcome: Outcome, normalisation: Normalisation) -> bool:
+    """Whether ``outcome`` holds what ``normalisation`` needs."""
+    needs = {"token": outcome.tokens, "character": outcome.characters, "byte": outcome.bytes, "pmi": outcome.blind}
+    return normalisation == "raw" or bool(needs[normalisation])
+
+
 def normalised(outcome: Outcome, normalisation: Normalisation) -> tuple[float, ...]:
     """One score a choice under ``normalisation``; ValueError where "pmi" was not scored in this view."""
     sums = outcome.logprobs
@@ -25,6 +31,8 @@ def normalised(outcome: Outcome, normalisation: Normalisation) -> tuple[float, .
         if not outcome.blind:
             raise ValueError(f"view {outcome.view!r} was scored without the blind prompt that 'pmi' needs")
         return tuple(a - b for a, b in zip(sums, outcome.blind, strict=True))
+    if not can_normalise(outcome, normalisation):
+        raise ValueError(f"view {outcome.view!r} was scored without the lengths that {normalisation!r} needs")
     lengths = {"token": outcome.tokens, "character": outcome.characters, "byte": outcome.bytes}[normalisation]
     return tuple(a / max(1, length) for a, length in zip(sums, lengths, strict=True))
 
@@ -68,7 +76,7 @@ def score_loglikelihood(
         bytes=tuple(len(answer.encode()) for answer in ask.answers),
         blind=alone,
     )
-    return decide(outcome, item.gold, item.choices, normalisation)
+    return decide(outcome, item.gold, item.choices, normalisation, item.also)
 
 
 def _sums(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -76,17 +84,21 @@ def _sums(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(float(sum(row)) if not all(map(math.isfinite, row)) else math.fsum(row) for row in rows)
 
 
-def decide(outcome: Outcome, gold: int, choices: Sequence[str], normalisation: Normalisation) -> Outcome:
-    """The same scores, ranked under ``normalisation``; no model needed.
+def decide(
+    outcome: Outcome, gold: int, choices: Sequence[str], normalisation: Normalisation, also: Sequence[int] = ()
+) -> Outcome:
+    """The same scores, ranked under ``normalisation``; no model needed. ``also``: other right choices.
 
     Choices of equal text are one answer, as they are in generation: a tie among them is none.
     """
     verdict, choice, tied = rank(normalised(outcome, normalisation), gold)
     best_texts = {choices[i] for i in (tied or (choice,)) if i is not None}
-    if len(best_texts) == 1:
-        right = best_texts == {choices[gold]}
-        verdict, tied = ("correct" if right else "wrong"), ()
-        choice = choice if choice is not None else choices.index(best_texts.pop())
+    right_texts = {choices[i] for i in (gold, *also)}
+    if len(best_texts) == 1 or best_texts <= right_texts:
+        verdict = "correct" if best_texts <= right_texts else "wrong"
+        choice, tied = choices.index(choices[tied[0]]) if tied else choice, ()
+    elif best_texts & right_texts:
+        verdict = "ambiguous"
     return replace(outcome, outcome=verdict, choice=choice, tied=tied, answer="" if choice is None else choices[choice])
 
 
@@ -104,7 +116,7 @@ def score_generation(view: str, ask: Ask, item: Item, said: Generated, rules: Ru
     cut_in = said.cut_in or ("" if said.finish != "length" else "answer")
     if blocks and not blocks[-1][2] and said.finish == "length":
         cut_in = "thought"
-    found = UNPARSED if cut_in == "thought" else extract(reply, ask, item, rules)
+    found = UNPARSED if cut_in == "thought" else _judged(ask, item, reply) or extract(reply, ask, item, rules)
     return Outcome(
         mode=GENERATION,
         view=view,
@@ -119,6 +131,18 @@ def score_generation(view: str, ask: Ask, item: Item, said: Generated, rules: Ru
         cut_in=cut_in,
         num_tokens=len(said.tokens),
     )
+
+
+def _judged(ask: Ask, item: Item, reply: str) -> Extraction | None:
+    """The verdict of the item's own judge; None: it has none."""
+    if ask.judge is None:
+        return None
+    right, answer = ask.judge(reply)
+    if right is None or not (right or reply.strip()):
+        return UNPARSED
+    at = reply.rfind(answer)
+    span = (at, at + len(answer)) if at >= 0 and answer else None
+    return Extraction(status="parsed", choice=item.gold if right else None, answer=answer, span=span, rule="judge")
 
 
 def _cut_short(found: Extraction, view: str, ask: Ask, reply: str) -> bool:
@@ -142,7 +166,7 @@ def _verdict(found: Extraction, view: str, ask: Ask, item: Item, reply: str, cut
     if found.status == "ambiguous" and not cut:
         return "ambiguous"
     if found.status == "parsed" and not cut:
-        same = found.choice is not None and item.choices[found.choice] == item.answer
+        same = found.choice is not None and item.choices[found.choice] in item.answers
         return "correct" if same else "wrong"
     if cut_in:
         return "truncated"

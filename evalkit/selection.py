@@ -44,6 +44,8 @@ def select(task: Task, settings: Settings, data_dir: Path | None) -> Selection:
     if not items:
         raise ValueError(f"task {task.name!r} has no items")
     shots = task.shots if settings.shots is None else settings.shots
+    if any(item.native for item in items):  # the examples came with each item
+        shots = 0
     pool = list(task.pool(data_dir)) if shots and task.pool is not None else []
     strata = sorted({item.stratum for item in items})
     salt = f"shots {task.name}"
@@ -70,6 +72,11 @@ def select(task: Task, settings: Settings, data_dir: Path | None) -> Selection:
     if not items:
         raise ValueError(f"task {task.name!r}: all its items became few-shot examples; use fewer than {shots} shots")
     seed = settings.shuffle_seed if settings.shuffle_seed is not None else (0 if task.shuffle else None)
+    if (seed is not None or settings.permutations > 1) and any(item.native and item.native.listed for item in items):
+        raise ValueError(
+            f"task {task.name!r} lists its options in a text that is given, so their order can't be changed; "
+            f"leave --shuffle-seed and --permutations out"
+        )
     if seed is not None:
         items, pool = ([shuffled(item, seed) for item in group] for group in (items, pool))
     items = [turned for item in items for turned in rotations(item, settings.permutations)]
@@ -110,7 +117,17 @@ def _same(a: Item, b: Item) -> bool:
 def shuffled(item: Item, seed: int) -> Item:
     """``item`` with its options in an order drawn from its id and ``seed``."""
     order = sorted(range(len(item.choices)), key=lambda i: digest("options", seed, item.id, i))
-    return replace(item, choices=tuple(item.choices[i] for i in order), gold=order.index(item.gold))
+    return reordered(item, order)
+
+
+def reordered(item: Item, order: Sequence[int]) -> Item:
+    """``item`` with choice ``order[0]`` first, and so on."""
+    return replace(
+        item,
+        choices=tuple(item.choices[i] for i in order),
+        gold=order.index(item.gold),
+        also=tuple(order.index(i) for i in item.also),
+    )
 
 
 def rotations(item: Item, number: int) -> list[Item]:
@@ -119,10 +136,8 @@ def rotations(item: Item, number: int) -> list[Item]:
     n = len(item.choices)
     turned = [
         replace(
-            item,
+            reordered(item, [*range(k, n), *range(k)]),
             id=f"{item.id}{TURNED}{k}" if k else item.id,
-            choices=item.choices[k:] + item.choices[:k],
-            gold=(item.gold - k) % n,
             cluster=item.cluster or item.id,
         )
         for k in range(min(number, n))

@@ -5,11 +5,11 @@ the same for both modes, so that a difference between them is the mode's and not
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from evalkit.records import Item
+from evalkit.records import Example, Item
 from evalkit.registry import Task
 
 CUE = "Answer:"
@@ -37,6 +37,18 @@ class Ask:
     """Of plain text; in a chat the turn's end stops the reply."""
     contexts: tuple[str, ...] = ()
     """View ``blank`` only: running text up to the scored part, one a choice."""
+    joint: str = " "
+    """Between question and answer in running text."""
+    before: str = ""
+    """In front of the examples; in a chat, the system message."""
+    examples: tuple[Example, ...] = ()
+    """Few-shot examples that belong to the item itself."""
+    prefix: str = ""
+    """What the answer begins with: the end of the prompt, in running text and in a chat's turn."""
+    questions: tuple[str, ...] = ()
+    """One a choice, each a prompt of its own in ``question``'s place; the same answer is scored behind all of them."""
+    judge: Callable[[str], tuple[bool | None, str]] | None = None
+    """Decides on a generated reply in extraction's place (``Native.judge``)."""
 
 
 def labels(n: int) -> tuple[str, ...]:
@@ -91,16 +103,26 @@ def open_(task: Task, item: Item) -> Ask:
 
 
 def _options(item: Item) -> str:
-    return "\n".join(
-        f"{label}. {choice}" for label, choice in zip(labels(len(item.choices)), item.choices, strict=True)
-    )
+    return listed(item.choices)
+
+
+def listed(choices: Sequence[str]) -> str:
+    """A line a choice, with its letter."""
+    return "\n".join(f"{label}. {choice}" for label, choice in zip(labels(len(choices)), choices, strict=True))
+
+
+def lettered(stem: str, choices: Sequence[str], cue: str) -> str:
+    """The question of view ``letters``."""
+    return _lines(stem, listed(choices), cue)
 
 
 def letters(task: Task, item: Item) -> Ask:
     """Options listed with letters, a letter answers (MMLU's form)."""
     names = labels(len(item.choices))
+    if item.native is not None:
+        return _native_letters(task, item)
     return Ask(
-        question=_lines(_stem(task, item), _options(item), CUE),
+        question=lettered(_stem(task, item), item.choices, CUE),
         answers=names,
         reply=names[item.gold],
         reads="letter",
@@ -174,6 +196,52 @@ def blank(task: Task, item: Item) -> Ask:
     )
 
 
+def native(task: Task, item: Item) -> Ask:
+    """The text that came with the item, byte by byte; the answer is read as the text asks for it."""
+    given = item.native
+    if given is None:
+        raise ValueError(f"{item.id}: view 'native' needs an item whose text is given; choose another view")
+    questions = tuple(f"{given.around[0]}{choice}{given.around[1]}" for choice in item.choices) if given.around else ()
+    letter = given.listed == "letters"
+    room = task.max_tokens if letter else _room(task, item)
+    return Ask(
+        question=given.question,
+        questions=questions,
+        answers=(given.ending,) * len(item.choices) if given.around else given.labels or item.choices,
+        reply="",
+        reads="letter" if letter else "option",
+        listed=bool(given.listed),
+        max_tokens=given.max_tokens or room,
+        # A reply that begins with the line break that joins it to the question would end there.
+        stops=given.stops if given.judge else ("\n\n",) if "\n" in given.joint else ("\n",),
+        joint=given.joint,
+        before=given.before,
+        examples=given.examples,
+        prefix=given.prefix,
+        judge=given.judge,
+    )
+
+
+def _native_letters(task: Task, item: Item) -> Ask:
+    """Options listed between the given text and its cue, in the examples too; the text itself where it lists them."""
+    given = item.native
+    assert given is not None
+    if given.listed == "letters":
+        return native(task, item)
+    names = labels(len(item.choices))
+    examples = (replace(x, question=x.lettered[0], reply=x.lettered[1], joint=" ") for x in given.examples)
+    return Ask(
+        question=lettered(given.stem, [choice.strip() for choice in item.choices], given.cue),
+        answers=names,
+        reply=names[item.gold],
+        reads="letter",
+        listed=True,
+        max_tokens=task.max_tokens,
+        before=given.before,
+        examples=tuple(examples),
+    )
+
+
 VIEWS: dict[str, Callable[[Task, Item], Ask]] = {
     "cloze": cloze,
     "open": open_,
@@ -182,6 +250,7 @@ VIEWS: dict[str, Callable[[Task, Item], Ask]] = {
     "copy": copy,
     "cot": chain_of_thought,
     "blank": blank,
+    "native": native,
 }
 
 
@@ -194,7 +263,11 @@ def blind(view: str, task: Task, item: Item) -> Ask:
     if view == "blank":
         seen = blank(task, item)
         return replace(seen, question="Fill in the blank.", contexts=item.choices)
-    return VIEWS[view](task, replace(item, question="", passage=""))
+    given = item.native
+    if given is not None:
+        around = ("", "") if given.around else None
+        given = replace(given, question="", stem="", before="", examples=(), prefix="", around=around)
+    return VIEWS[view](task, replace(item, question="", passage="", native=given))
 
 
 _LETTER_STEM = re.compile(r"^[A-Z]{1,2}$")

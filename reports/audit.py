@@ -100,8 +100,8 @@ def draw(teacher: Run, student: Run, n: int, seed: int = 0) -> tuple[list[dict[s
 
 
 def _golds(record: ItemRecord) -> list[int]:
-    """Options of the gold one's text are as right as it is."""
-    return [i for i, choice in enumerate(record.choices) if choice == record.choices[record.gold]]
+    """Options of a right one's text are as right as it is."""
+    return [i for i, choice in enumerate(record.choices) if choice in record.answers]
 
 
 def _shares(sizes: dict[str, int], n: int) -> dict[str, int]:

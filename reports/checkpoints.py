@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, NORMALISATIONS, ItemRecord, Mode, Outcome, TaskEntry
-from evalkit.scoring import decide
+from evalkit.scoring import can_normalise, decide
 from evalkit.selection import digest
 from evalkit.stats.floors import has_signal
 from evalkit.store import Run
@@ -131,7 +131,7 @@ def scores(runs: Sequence[Run], labels: Sequence[str], name: str) -> Scores:
         loglikelihood={
             kind: np.array([[_right(record, entry, kind) for record in row] for row in rows], dtype=float)
             for kind in NORMALISATIONS
-            if kind != "pmi" or all(_ll(record, entry).blind for row in rows for record in row)
+            if all(can_normalise(_ll(record, entry), kind) for row in rows for record in row)
         },
         generation=np.array([[_said_right(record, entry) for record in row] for row in rows], dtype=float),
         items=tuple(items),
@@ -154,13 +154,15 @@ def _ll(record: ItemRecord, entry: TaskEntry) -> Outcome:
 def _right(record: ItemRecord, entry: TaskEntry, kind: Any) -> bool:
     outcome = _ll(record, entry)
     if kind != entry.normalisation:
-        outcome = decide(outcome, record.gold, record.choices, kind)
+        outcome = decide(outcome, record.gold, record.choices, kind, record.also)
     return outcome.outcome == "correct"
 
 
 def _said_right(record: ItemRecord, entry: TaskEntry) -> bool:
     outcome = record.outcome(GENERATION, entry.generation)
-    return outcome is not None and outcome.outcome == "correct"
+    if outcome is None:
+        raise ValueError(f"{entry.name}: item {record.item} has no reply in view {entry.generation!r}")
+    return outcome.outcome == "correct"
 
 
 def part(task: Scores, keep: np.ndarray) -> Scores:

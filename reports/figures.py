@@ -18,7 +18,7 @@ from evalkit.records import (
     Outcome,
     TaskEntry,
 )
-from evalkit.scoring import decide
+from evalkit.scoring import can_normalise, decide
 from evalkit.stats.floors import accuracy, deciding, generation_floors, has_signal, loglikelihood_floors
 from evalkit.stats.intervals import Interval, macro, mean_t, wilson
 from evalkit.stats.units import log_odds, penalty, verdict
@@ -114,12 +114,13 @@ def _loglikelihood_only(paired: Paired) -> dict[str, Any]:
     accuracies: dict[str, Any] = {}
     pairs = outcomes_of(paired, LOGLIKELIHOOD)
     for normalisation in NORMALISATIONS:
-        if normalisation == "pmi" and not all(t.blind and s.blind for t, s in pairs):
+        if not all(can_normalise(outcome, normalisation) for two in pairs for outcome in two):
             continue
         rights = [0, 0]
         for (t, s), (record, _) in zip(pairs, paired.pairs, strict=True):
             for side, outcome in enumerate((t, s)):
-                rights[side] += decide(outcome, record.gold, record.choices, normalisation).outcome == "correct"
+                ranked = decide(outcome, record.gold, record.choices, normalisation, record.also)
+                rights[side] += ranked.outcome == "correct"
         accuracies[normalisation] = {"teacher": rights[0] / len(pairs), "student": rights[1] / len(pairs)}
     return {
         "normalisation": paired.teacher_entry.normalisation,

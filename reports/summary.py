@@ -21,6 +21,8 @@ def run_summary(run: Run) -> dict[str, Any]:
         modes = {}
         for mode in run.manifest.settings.modes:
             view = entry.view(mode)
+            if not any(record.outcome(mode, view) for record in records):
+                continue  # imported: another harness scores a task in one mode only
             counts = Counter(o.outcome for record in records if (o := record.outcome(mode, view)))
             interval = wilson(counts["correct"], len(records))
             modes[mode] = {

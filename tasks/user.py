@@ -7,19 +7,17 @@ questions.
 
 import hashlib
 import re
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from evalkit.registry import Task
 from evalkit.selection import digest
 from tasks.data import Row, answer_text, read_rows, row_item
+from tasks.distractors import Ring
 from tasks.numbers import number_item
 
 NUMBER = re.compile(r"[-+−]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-DISTRACTORS = 3
 
 Rows = Sequence[tuple[int, str, Row]]
 """Line number, item id and content of every line."""
@@ -112,16 +110,10 @@ def _number_task(rows: Rows) -> Task:
 
 
 def _text_task(path: Path, rows: Rows) -> Task:
-    # All answers on a ring by hash: an item takes those that follow its own place.
-    answers = {text.casefold(): text for text in sorted({answer_text(row) for _, _, row in rows})}
-    ring = sorted((digest("answer", text), text) for text in answers.values())
+    ring = Ring(answer_text(row) for _, _, row in rows)
     items = []
     for number, name, row in rows:
-        right = {text.strip().casefold() for text in (answer_text(row), *row.aliases)}
-        start = bisect(ring, (digest("distractor", name), ""))
-        around = (ring[(start + step) % len(ring)][1] for step in range(len(ring)))
-        others = (text for text in around if text.casefold() not in right)
-        wrong = list(islice(others, DISTRACTORS))
+        wrong = ring.others(name, {answer_text(row), *row.aliases})
         if not wrong:
             raise ValueError(
                 f"{path}, line {number}: field 'answer': no question has another answer than "

@@ -43,7 +43,7 @@ def _blind_right(record: ItemRecord, entry: TaskEntry) -> bool | None:
         return None
     alone = replace(outcome, logprobs=outcome.blind, blind=())
     lengths = "raw" if entry.normalisation == "pmi" else entry.normalisation
-    return decide(alone, record.gold, record.choices, lengths).outcome == "correct"
+    return decide(alone, record.gold, record.choices, lengths, record.also).outcome == "correct"
 
 
 FEWEST_DECIDING = 20

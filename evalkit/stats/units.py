@@ -20,7 +20,7 @@ Verdict = Literal[
 
 def penalty(record: ItemRecord) -> float:
     """What a wrong guess costs; 0 where all options are the same text, so that no guess is wrong."""
-    chance = record.choices.count(record.choices[record.gold]) / len(record.choices)
+    chance = sum(choice in record.answers for choice in record.choices) / len(record.choices)
     return chance / (1 - chance) if chance < 1 else 0.0
 
 
@@ -35,8 +35,7 @@ def formula_score(record: ItemRecord, outcome: Outcome, listed: bool) -> float:
     if outcome.outcome == "wrong":
         return -penalty(record) if guessed else 0.0
     if outcome.mode == LOGLIKELIHOOD and outcome.tied:
-        gold = record.choices[record.gold]
-        right = sum(record.choices[i] == gold for i in outcome.tied) / len(outcome.tied)
+        right = sum(record.choices[i] in record.answers for i in outcome.tied) / len(outcome.tied)
         return right - (1 - right) * penalty(record)
     return 0.0
 
