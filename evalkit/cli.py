@@ -71,6 +71,14 @@ Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (
 EngineOptions = Annotated[
     list[str] | None, typer.Option("--engine-option", help="Of the engine itself: KEY=VALUE, YAML's types; repeat.")
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of this machine that share the requests: one a GPU.")
+]
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Share them over a Ray cluster: its address, or auto.")]
+RayActors = Annotated[
+    int | None, typer.Option(min=1, help="Workers in it.", show_default="one a GPU; without GPUs one a node")
+]
+RayResources = Annotated[str, typer.Option(help="Of each: num_gpus=1,num_cpus=2, or a resource of your own.")]
 
 console = Console(markup=False)
 
@@ -99,6 +107,10 @@ def _scoring_options(
     trust_remote_code: Remote = False,
     engine: Engine = "hf",
     engine_options: EngineOptions = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    ray_actors: RayActors = None,
+    ray_resources: RayResources = "",
 ) -> None:
     """The options of every command that scores a model, with the API's names."""
 
@@ -139,6 +151,7 @@ def _key_values(given: list[str]) -> dict[str, Any]:
 
 @app.command(
     epilog="Example: `evalkit run smollm2-135m --tasks quick,recall --mode both --out runs/smollm2`. "
+    "With all GPUs of this machine: `--workers 8`; of a Ray cluster: `--ray auto`. "
     "A run that was cut off goes on with the same command."
 )
 @scores
