@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from distill.stage import Recipe
 from evalkit.yaml12 import Loader
 
-
 FOLDER = Path(__file__).with_name("recipes")
 
 

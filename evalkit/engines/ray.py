@@ -3,6 +3,8 @@
 import contextlib
 import os
 import pickle
+import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,16 +28,23 @@ def connect(address: str) -> Callable[[], None]:
         raise ValueError("--ray needs Ray: pip install 'evalkit[ray]' on every node") from error
     if ray.is_initialized():
         return lambda: None
+    # Ray prints what happens to nodes on standard output, which is the command's own.
+    aside = contextlib.ExitStack()
+    aside.enter_context(contextlib.redirect_stdout(sys.stderr))
+    aside.callback(ray.shutdown)
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdigit() and "/" not in address:  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
         ray.init(address=address, log_to_driver=bool(os.environ.get("EVALKIT_DEBUG")), logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        aside.close()
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"no Ray cluster at {address!r} ({reason}); start one with `ray start --head`, and with "
             f"`ray start --address HEAD:6379` on every other node"
         ) from error
-    leave: Callable[[], None] = ray.shutdown
-    return leave
+    return aside.close
 
 
 def read_resources(text: str) -> dict[str, float]:
