@@ -92,6 +92,7 @@ def test_more_actors_than_the_cluster_has_room_for_wait_without_harm(cluster: An
         leave()
 
 
+@pytest.mark.slow
 def test_a_node_killed_in_the_middle_of_a_run_loses_nothing(
     cluster: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,6 +1,7 @@
 """`evalkit sweep`: many checkpoints from one file."""
 
 import json
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from evalkit import sweep
 from evalkit.commands import app
 from evalkit.sweep import Job, finished, read_sweep, run_sweep
 from tests.evalkit.test_workers import assert_same_records
+from tests.evalkit.workers import play
 
 
 def written(folder: Path, **content: Any) -> Path:
@@ -98,37 +100,52 @@ def test_a_finished_run_is_known_by_model_settings_and_time(checkpoints: Path) -
     assert finished(job) is None, "the checkpoint was written anew"
 
 
-def test_a_checkpoint_that_fails_or_dies_stops_no_other(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"limit": 4, "device": "cpu"}
+@pytest.mark.slow
+def test_a_checkpoint_that_fails_stops_no_other_and_the_rest_is_as_scored_alone(checkpoints: Path) -> None:
     broken = checkpoints / "step-5"
     shutil.copytree(checkpoints / "step-2", broken)
     (broken / "model.safetensors").write_bytes(b"no weights")
-    file = written(checkpoints, models=[f"{checkpoints}/step-*"], options=options)
-    out = ["sweep", str(file), "--json"]
-    done = CliRunner().invoke(app, out)
+    file = written(checkpoints, models=[f"{checkpoints}/step-*"], options={"limit": 4, "device": "cpu"})
+    done = CliRunner().invoke(app, ["sweep", str(file), "--json"])
     assert done.exit_code == 1, done.output
     told = json.loads(done.stdout)
-    assert [(run["name"], run["status"]) for run in told["runs"]] == [
-        ("step-2", "done"),
-        ("step-5", "failed"),
-        ("step-10", "done"),
-    ]
+    states = [(run["name"], run["status"]) for run in told["runs"]]
+    assert states == [("step-2", "done"), ("step-5", "failed"), ("step-10", "done")]
     assert "could not be loaded" in told["runs"][1]["why"]
-    assert told["next"] == [
-        f"evalkit rank {checkpoints}/out/step-2 {checkpoints}/out/step-10",
-        f"evalkit sweep {file}",
-    ]
+    out = checkpoints / "out"
+    assert told["next"] == [f"evalkit rank {out}/step-2 {out}/step-10", f"evalkit sweep {file}"]
     alone = ek.run(checkpoints / "step-10", ["quick"], limit=4, device="cpu")
-    assert_same_records(alone, ek.load_run(checkpoints / "out" / "step-10"))
-    # What is finished is not scored again, and a process that dies is one failure.
-    monkeypatch.setattr(sweep, "_score", _killed)
-    results = run_sweep(read_sweep(file, {}), lambda *_: None, lambda _: None)
-    assert [result.status for result in results] == ["skipped", "failed", "skipped"]
-    assert "its process was killed by SIGKILL" in results[1].why
+    assert_same_records(alone, ek.load_run(out / "step-10"))
 
 
-def _killed(*_: Any) -> None:
-    os.kill(os.getpid(), 9)
+def test_each_job_is_a_process_whose_end_is_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sweep, "_score", play)
+    told: list[str] = []
+    seen: list[tuple[str, int, int]] = []
+    results = run_sweep(_jobs(tmp_path), lambda *step: seen.append(step), lambda one: told.append(one.job.name))
+    assert told == ["good", "refused", "killed", "raised", "last"], "one after the other"
+    assert [one.status for one in results] == ["done", "failed", "failed", "failed", "done"]
+    assert results[1].why == "there is no such model"
+    assert results[2].why.startswith("its process was killed by SIGKILL; run the sweep again")
+    assert results[3].why.startswith("its process ended with exit code 1")
+    assert ("good · quick", 1, 2) in seen and results[4].summary == {"tasks": []}
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupted_sweep_ends_its_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sweep, "_score", play)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(_jobs(tmp_path), interrupt, lambda _: None)
+    assert not multiprocessing.active_children()
+
+
+def _jobs(out: Path) -> list[Job]:
+    names = ("good", "refused", "killed", "raised", "last")
+    return [Job(name=name, model=name, tasks=("quick",), out=out / name, options={}) for name in names]
 
 
 def test_a_dry_run_scores_nothing(tmp_path: Path) -> None:

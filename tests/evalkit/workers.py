@@ -1,6 +1,8 @@
 """Engines and workers without a model, for the tests of the pool; openers are functions of a module, so they pickle."""
 
+import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,3 +91,14 @@ class FakeWorker:
 def dying(seed: int, rate: float) -> Callable[[], bool]:
     chance = random.Random(seed)
     return lambda: chance.random() < rate
+
+
+def play(pipe: Any, job: Any, options: Any) -> None:
+    """Instead of the scoring of a sweep's job: what becomes of it is in its name."""
+    pipe.send(("progress", ("quick", 1, 2)))
+    if job.name == "killed":
+        os.kill(os.getpid(), 9)
+    if job.name == "raised":
+        sys.stderr.close()  # its traceback is not this test's
+        raise AssertionError
+    pipe.send(("failed", "there is no such model") if job.name == "refused" else ("done", {"tasks": []}))
