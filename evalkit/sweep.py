@@ -135,8 +135,9 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 
 def _changed(model: str) -> float:
-    """When a model's folder last changed (seconds since the epoch); 0: it is no folder here."""
-    return max((file.stat().st_mtime for file in Path(model).expanduser().glob("*")), default=0.0)
+    """When a model's folder last changed (seconds since the epoch); 0: it is no folder here. A copy may keep the time of
+    its content (mtime), but not that of its entry (ctime)."""
+    return max((file.stat().st_ctime for file in Path(model).expanduser().glob("*")), default=0.0)
 
 
 def run_sweep(jobs: Sequence[Job], report: Progress, told: Callable[[Result], None]) -> list[Result]:

@@ -71,7 +71,7 @@ def room(resources: Mapping[str, float]) -> tuple[dict[str, float], int]:
     if not each and any(node.get("GPU") for node in nodes):
         each = {"num_gpus": 1.0}
     elif not each:
-        each = {"num_cpus": min(node["CPU"] for node in nodes if node.get("CPU"))}
+        each = {"num_cpus": min((node["CPU"] for node in nodes if node.get("CPU")), default=1.0)}
     names = {"num_cpus": "CPU", "num_gpus": "GPU"}
     wanted = {names.get(name, name): amount for name, amount in each.items() if amount}
     if not wanted:
