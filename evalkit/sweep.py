@@ -135,8 +135,8 @@ def finished(job: Job) -> dict[str, Any] | None:
 
 
 def _changed(model: str) -> float:
-    """When a model's folder last changed (seconds since the epoch); 0: it is no folder here. A copy may keep the time of
-    its content (mtime), but not that of its entry (ctime)."""
+    """When a model's folder last changed (seconds since the epoch); 0: it is no folder here."""
+    # A copy may keep the time of its content (mtime), but not that of its entry (ctime).
     return max((file.stat().st_ctime for file in Path(model).expanduser().glob("*")), default=0.0)
 
 
