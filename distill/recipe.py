@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,17 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distill.stage import Recipe
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.2's booleans, true and false alone: in 1.1 the key ``on`` is one, too."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
+from evalkit.yaml12 import Loader
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -45,7 +34,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         guess = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no recipe {name!r}: {guess}expected a YAML file, or one of {', '.join(recipes())}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -85,7 +74,7 @@ def changed(content: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any
         *parents, last = path.split(".")
         for key in parents:
             at = _step(at, key, change)
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, Loader)
         if isinstance(at, list):
             place = at.index(_step(at, last, change))
             at[place : place + 1] = [] if value is None else [value]

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evalkit.encoding import Encoder
-    from evalkit.engines.base import Engine
-    from evalkit.opening import Opened
+    from evalkit.opening import Opened, Spread
     from evalkit.progress import Progress
     from evalkit.registry import Task
     from evalkit.requests import Plan
@@ -60,6 +59,10 @@ def run(
     engine: str = "hf",
     engine_options: Mapping[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    ray_actors: int | None = None,
+    ray_resources: str = "",
     progress: Progress | bool = False,
     **settings: Any,
 ) -> Run:
@@ -73,12 +76,16 @@ def run(
     mode: "both", "loglikelihood" or "generation".
     engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
     cache_dir: folder whose replies are taken, and to which new ones are added (evalkit/responses.py). None: neither.
+    workers, ray, ray_actors, ray_resources: spread it over processes of this machine, or a Ray cluster
+    (``evalkit.opening.Spread``). Processes import the calling script, so guard it by ``if __name__ == "__main__"``.
     settings: any field of ``evalkit.settings.Settings`` (view, shots, chat, limit, ...).
     ValueError: what was asked can't be done; the message says what to change.
     """
+    from evalkit.opening import Spread
     from evalkit.selection import select
 
     chosen = _settings(mode, settings)
+    spread = Spread(workers=workers, ray=ray, ray_actors=ray_actors, ray_resources=ray_resources)
     wanted = [task for one in _each(tasks) for task in tasks_of(one, chosen, include_path)]
     _no_twins(wanted)
     folder = data_folder(data_dir)
@@ -88,10 +95,10 @@ def run(
     selections = {task.name: select(task, chosen, folder) for task in wanted}
     how: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "revision": revision}
     how |= {"trust_remote_code": trust_remote_code, "engine": engine, "options": dict(engine_options or {})}
-    opened = _open(model, tokenizer, name, how)
+    opened = _open(model, tokenizer, name, how, spread)
     try:
-        with _stored(opened, cache_dir) as answering:
-            return _score(opened, answering, wanted, selections, chosen, None if out is None else Path(out), progress)
+        with _stored(opened, cache_dir) as storing:
+            return _score(storing, wanted, selections, chosen, None if out is None else Path(out), progress)
     finally:
         opened.close()
 
@@ -290,12 +297,15 @@ def _no_twins(wanted: Iterable[Task]) -> None:
         raise ValueError("no task was named; `evalkit tasks` shows all")
 
 
-def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any]) -> Opened:
+def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any], spread: Spread) -> Opened:
     """The engine over ``model``; ``how``: the other fields of ``evalkit.opening.Spec``."""
-    from evalkit.opening import Spec, open_engine, open_loaded
+    from evalkit.opening import Spec, open_engine, open_loaded, open_spread
 
     if isinstance(model, (str, os.PathLike)):
-        return open_engine(Spec(model=os.fspath(model), name=name, **how))
+        spec = Spec(model=os.fspath(model), name=name, **how)
+        return open_spread(spec, spread) if spread else open_engine(spec)
+    if spread:
+        raise ValueError(f"workers load the model themselves: give its name or folder, not a {type(model).__name__}")
     if tokenizer is None:
         raise ValueError(f"a live model ({type(model).__name__}) needs its tokenizer: run(model, tokenizer=...)")
     if how["engine"] != "hf":
@@ -306,18 +316,21 @@ def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any]) -> Open
 
 
 @contextlib.contextmanager
-def _stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterator[Engine]:
-    """The engine, with the response store of ``cache_dir`` before it."""
+def _stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterator[Opened]:
+    """``opened`` with the response store of ``cache_dir`` before its engine."""
     if cache_dir is None:
-        yield opened.engine
+        yield opened
         return
+    from dataclasses import replace
+
     from evalkit.responses import Responses, StoredEngine, code
 
-    session = {name: value for name, value in opened.session.items() if name != "batch_size"}
+    spread = ("batch_size", "workers", "ray")  # these change no reply
+    session = {name: value for name, value in opened.session.items() if name not in spread}
     how = {"fingerprint": opened.model.fingerprint, "dtype": opened.model.dtype, **session}
     responses = Responses(Path(cache_dir), {**how, "versions": _versions(opened), "code": code()}, opened.model.name)
     try:
-        yield StoredEngine(opened.engine, responses)
+        yield replace(opened, engine=StoredEngine(opened.engine, responses))
     finally:
         responses.close()
     logger.info("%d replies taken from %s, %d added", responses.hits, responses.path, responses.misses)
@@ -333,7 +346,6 @@ def _versions(opened: Opened) -> dict[str, str]:
 
 def _score(
     opened: Opened,
-    engine: Engine,
     wanted: Sequence[Task],
     selections: Mapping[str, Selection],
     settings: Settings,
@@ -354,7 +366,7 @@ def _score(
     try:
         with bars(progress, opened.model.name) as report:
             for task in wanted:
-                keys += _score_task(task, selections[task.name], engine, encoder, settings, writer, report)
+                keys += _score_task(task, selections[task.name], opened, encoder, settings, writer, report)
         return writer.finish(keys)
     finally:
         writer.close()
@@ -404,7 +416,7 @@ def _manifest(
 def _score_task(
     task: Task,
     selection: Selection,
-    engine: Engine,
+    opened: Opened,
     encoder: Encoder,
     settings: Settings,
     writer: RunWriter,
@@ -418,7 +430,7 @@ def _score_task(
 
     def missing() -> Iterator[Plan]:
         for item in selection.items:
-            planned = plan(task, item, selection.examples(item), encoder, settings, engine.max_length)
+            planned = plan(task, item, selection.examples(item), encoder, settings, opened.engine.max_length)
             keys.append((task.name, task.version, item.id, planned.prompt_sha256))
             kept = writer.kept.get(keys[-1])
             if kept is None or kept.gold != item.gold:  # the gold answer was corrected since
@@ -427,7 +439,8 @@ def _score_task(
     total = len(selection.items)
     report(task.name, 0, total)
     before = sum(key[0] == task.name for key in writer.kept)
-    for scored, record in enumerate(evaluate(task, missing(), engine, settings), 1):
+    records = evaluate(task, missing(), opened.engine, settings, opened.workers)
+    for scored, record in enumerate(records, 1):
         writer.append(record)
         report(task.name, min(total, before + scored), total)
     report(task.name, total, total)

@@ -78,6 +78,14 @@ CacheDir = Annotated[
     Path | None,
     typer.Option("--cache-dir", help="Take replies from this folder's store, and add new ones.", show_default="none"),
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of this machine that share the requests: one a GPU.")
+]
+RayAddress = Annotated[str | None, typer.Option("--ray", help="Share them over a Ray cluster: its address, or auto.")]
+RayActors = Annotated[
+    int | None, typer.Option(min=1, help="Workers in it.", show_default="one a GPU; without GPUs one a node")
+]
+RayResources = Annotated[str, typer.Option(help="Of each: num_gpus=1,num_cpus=2, or a resource of your own.")]
 
 console = Console(markup=False)
 
@@ -108,6 +116,10 @@ def _scoring_options(
     engine: Engine = "hf",
     engine_options: EngineOptions = None,
     cache_dir: CacheDir = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
+    ray_actors: RayActors = None,
+    ray_resources: RayResources = "",
 ) -> None:
     """The options of every command that scores a model, with the API's names."""
 
@@ -148,6 +160,7 @@ def _key_values(given: list[str]) -> dict[str, Any]:
 
 @app.command(
     epilog="Example: `evalkit run smollm2-135m --tasks quick,recall --mode both --out runs/smollm2`. "
+    "With all GPUs of this machine: `--workers 8`; of a Ray cluster: `--ray auto`. "
     "A run that was cut off goes on with the same command."
 )
 @scores

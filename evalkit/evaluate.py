@@ -11,13 +11,17 @@ from evalkit.scoring import score_generation, score_loglikelihood
 from evalkit.settings import Settings
 
 CHUNK = 512
-"""Items planned and handed to the engine at a time: many enough to sort by length, few enough to hold in memory."""
+"""Items planned and handed to the engine at a time, for each of its workers: many enough to sort by length, few enough
+to hold in memory."""
 
 
-def evaluate(task: Task, plans: Iterable[Plan], engine: Engine, settings: Settings) -> Iterator[ItemRecord]:
-    """Score every planned item of ``task``; records come in the order in which items finish."""
+def evaluate(
+    task: Task, plans: Iterable[Plan], engine: Engine, settings: Settings, workers: int = 1
+) -> Iterator[ItemRecord]:
+    """Score every planned item of ``task``; records come in the order in which items finish. ``workers`` answer at the
+    same time."""
     engine = ThinkingEngine(engine)
-    for chunk in _chunks(plans, CHUNK):
+    for chunk in _chunks(plans, CHUNK * workers):
         owners = [(p, r) for p, plan in enumerate(chunk) for r in range(len(plan.requests))]
         replies: list[dict[int, Reply]] = [{} for _ in chunk]
         for index, reply in engine.answer([chunk[p].requests[r] for p, r in owners]):

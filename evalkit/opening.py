@@ -45,6 +45,81 @@ class Opened:
     """evalkit.json of a distilled checkpoint."""
     close: Callable[[], None] = lambda: None
     """Gives back what outlives the object: servers, worker processes."""
+    workers: int = 1
+    """Engines that answer at the same time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Over which workers a run's requests are spread. None named: the engine runs in this process."""
+
+    workers: int | None = None
+    """Processes of this machine, one a GPU."""
+    ray: str | None = None
+    """Address of a Ray cluster, or "auto"."""
+    ray_actors: int | None = None
+    """None: as many as the cluster has room for."""
+    ray_resources: str = ""
+    """Of each actor, e.g. "num_gpus=1,num_cpus=2"."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.ray is not None:
+            raise ValueError("--workers are processes of this machine and --ray uses a cluster: give one of them")
+        if self.ray is None and (self.ray_actors is not None or self.ray_resources):
+            raise ValueError("--ray-actors and --ray-resources need --ray ADDRESS (or auto)")
+        for name, value in (("--workers", self.workers), ("--ray-actors", self.ray_actors)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: expected 1 or more")
+
+    def __bool__(self) -> bool:
+        return self.workers is not None or self.ray is not None
+
+
+def open_spread(spec: Spec, spread: Spread) -> Opened:
+    """``spec`` in every worker of ``spread``, behind one engine; the model is loaded in the workers alone."""
+    from dataclasses import replace
+    from functools import partial
+    from pathlib import Path
+
+    from evalkit.engines.pool import Pool
+
+    if Path(spec.model).expanduser().is_dir():  # workers elsewhere start in another folder
+        spec = replace(spec, name=spec.name or spec.model, model=str(Path(spec.model).expanduser().resolve()))
+    opener = partial(open_engine, spec)
+    leave: Callable[[], None] = lambda: None  # noqa: E731
+    if spread.ray is not None:
+        from evalkit.engines.ray import RayWorker, connect, read_resources, room
+
+        asked = read_resources(spread.ray_resources)
+        leave = connect(spread.ray)
+        try:
+            resources, fits = room(asked)
+            pool = Pool(lambda number: RayWorker(number, opener, resources), spread.ray_actors or fits)
+        except BaseException:
+            leave()
+            raise
+        where = {"ray": resources}
+    else:
+        from evalkit.engines.local import LocalWorker, environments
+
+        if ":" in spec.device:
+            raise ValueError(
+                f"--workers deals out the GPUs itself, but --device {spec.device} names one; leave it out, and choose "
+                f"among them with CUDA_VISIBLE_DEVICES=0,2"
+            )
+        seen = environments(spread.workers or 1, spec.device)
+        pool = Pool(lambda number: LocalWorker(number, opener, seen[number]), len(seen))
+        where = {}
+
+    def close() -> None:
+        try:
+            pool.close()
+        finally:
+            leave()
+
+    session = {**pool.opened.session, "workers": pool.size, **where}
+    opened: Opened = replace(pool.opened, engine=pool, session=session, close=close, workers=pool.size)
+    return opened
 
 
 def open_engine(spec: Spec) -> Opened:

@@ -28,7 +28,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {part for part in os.environ.get("EVALKIT_REQUIRE", "").split(",") if part}
 """Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, altair,
-chromium, triton, fla."""
+chromium, triton, fla, ray."""
 
 
 def missing(part: str, why: str) -> None:
@@ -95,6 +95,15 @@ def triton_kernels() -> None:
 
     if not torch.cuda.is_available() and not knobs.runtime.interpret:
         missing("triton", "triton was imported before tests/conftest.py could choose its interpreter")
+
+
+@pytest.fixture(scope="session")
+def ray_package() -> None:
+    """Ray, quiet and without a word to its makers."""
+    if importlib.util.find_spec("ray") is None:
+        missing("ray", "ray is not installed: pip install 'evalkit[ray]'")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 @pytest.fixture(scope="session")

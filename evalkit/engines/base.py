@@ -21,3 +21,9 @@ class Engine(Protocol):
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """(index in ``requests``, reply) of each, in the order in which they finish."""
         ...
+
+
+def cost(request: Request) -> int:
+    """Tokens to run at most: what is scored, the prompt, and the longest reply."""
+    tails = sum(len(request.prompt) + len(tail) for tail in request.continuations)
+    return tails + len(request.prompt) + (request.generation.max_tokens if request.generation else 0)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from evalkit.encoding import CLOSE, OPEN, Tokenizer
+from evalkit.engines.base import cost
 from evalkit.records import Generated, Generation, Reply, Request
 
 Row = tuple[int, int, tuple[int, ...], int]
@@ -76,7 +77,7 @@ class HFEngine:
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Long requests first: an out-of-memory error comes at once, and rows of a batch are alike in length."""
-        order = sorted(range(len(requests)), key=lambda i: -_cost(requests[i]))
+        order = sorted(range(len(requests)), key=lambda i: -cost(requests[i]))
         with self._at_work("what is scored so far is kept"):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
@@ -334,11 +335,6 @@ def _first_stop(text: str, stops: Sequence[str]) -> int | None:
             return None
     found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
     return min(found, default=None)
-
-
-def _cost(request: Request) -> int:
-    tails = sum(len(request.prompt) + len(tail) for tail in request.continuations)
-    return tails + len(request.prompt) + (request.generation.max_tokens if request.generation else 0)
 
 
 def _eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:

@@ -19,8 +19,8 @@ ALLOWED = {
     "reports": {"evalkit"},
     "distill": {"models", "evalkit", "tasks"},
 }
-COMMANDS = {"cli", "cli_bench", "cli_cache", "cli_distill", "cli_import", "cli_reports", "commands"}
-EVERYTHING = {f"evalkit/{name}.py" for name in {"api", "api_reports", "opening"} | COMMANDS}
+COMMANDS = {"cli", "cli_bench", "cli_cache", "cli_distill", "cli_import", "cli_reports", "cli_sweep", "commands"}
+EVERYTHING = {f"evalkit/{name}.py" for name in {"api", "api_reports", "opening", "sweep"} | COMMANDS}
 """These may import every folder, inside functions."""
 ONLY_FOR_TESTS = {name.removesuffix(".py").replace("/", ".") for name in EVERYTHING}
 
@@ -44,11 +44,11 @@ def test_imports_run_one_way() -> None:
 def test_inside_evalkit_imports_run_one_way() -> None:
     ranks = [
         {"records"},
-        {"registry", "settings", "views", "markers", "numerals", "options"},
+        {"registry", "settings", "views", "markers", "numerals", "options", "yaml12"},
         {"encoding", "extract", "requests", "engines", "scoring", "selection", "stats"},
         {"evaluate", "store", "progress", "bridge", "forced"},
         {"rescore", "opening", "responses"},
-        {"api", "api_reports", "__init__", "__main__", *COMMANDS},
+        {"api", "api_reports", "sweep", "__init__", "__main__", *COMMANDS},
     ]
     rank = {name: at for at, names in enumerate(ranks) for name in names}
     for file in (ROOT / "evalkit").rglob("*.py"):
