@@ -55,14 +55,19 @@ def open_engine(spec: Spec) -> Opened:
 
     from models.load import load
 
-    if spec.options:
-        raise ValueError(f"engine {spec.engine!r} takes no option {next(iter(spec.options))!r}")
+    options = dict(spec.options)
+    dequantise = options.pop("dequantise", None)
+    if options:
+        raise ValueError(f"engine {spec.engine!r} takes no option {next(iter(options))!r}: it has dequantise alone")
+    if dequantise not in (None, True, False):
+        raise ValueError(f"dequantise is {dequantise!r}: expected true or false")
     loaded = load(
         spec.model,
         dtype=spec.dtype,
         device=spec.device,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
+        dequantise=dequantise,
     )
     return open_loaded(replace(loaded, name=spec.name) if spec.name else loaded, spec.batch_size)
 
@@ -81,7 +86,7 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             dtype=loaded.dtype,
             device=loaded.device,
             parameters=loaded.parameters,
-            note=str((loaded.checkpoint or {}).get("note", "")),
+            note=loaded.note,
         ),
         session={
             "engine": "hf",
@@ -89,5 +94,6 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             "head": engine.head_dtype,
             "device": loaded.device,
         },
+        versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
     )
