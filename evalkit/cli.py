@@ -322,6 +322,8 @@ def _quiet() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
-    stdlib_logging.getLogger("huggingface_hub").setLevel(stdlib_logging.ERROR)
+    # torchao, which transformers imports where it is installed, tells of kernels for GPUs that aren't here.
+    for library in ("huggingface_hub", "torchao", "torch.utils._pytree"):
+        stdlib_logging.getLogger(library).setLevel(stdlib_logging.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -9,9 +9,7 @@ import torch
 from models.quantised import Quantisation, tensors
 
 
-def fingerprint(
-    model: Any, tokenizer: Any, quantisation: Quantisation | None = None
-) -> tuple[dict[str, str], str]:
+def fingerprint(model: Any, tokenizer: Any, quantisation: Quantisation | None = None) -> tuple[dict[str, str], str]:
     """(hash of each part, hash of all). Parts: weights, config, tokenizer, end_tokens, chat_template, quantisation."""
     parts = {
         "weights": _weights(model),

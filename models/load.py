@@ -20,7 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import models.hybrid  # noqa: F401  # tells transformers of hybrids, so that their folders load
 from models.builtin import BUILTIN
 from models.fingerprint import fingerprint
-from models.quantised import UNPACKED, Quantisation, Stored, gguf_in, gguf_place, quantisation, stored, unpacking
+from models.quantised import (
+    UNPACKED,
+    Quantisation,
+    Stored,
+    gguf_in,
+    gguf_place,
+    quantisation,
+    stored,
+    unpack,
+    unpacking,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -184,6 +194,7 @@ def describe(
     known: Stored | None = None,
 ) -> Loaded:
     """A live model with its tokenizer, as ``load`` would give it. known: how its checkpoint is quantised."""
+    unpack(model)
     how = quantisation(model, known)
     parts, identity = fingerprint(model, tokenizer, how)
     seen: dict[str, Any] = {"parts": parts, "identity": identity, "checkpoint": checkpoint, "quantisation": how}

@@ -5,10 +5,7 @@ one scale for each row, or for each ``group_size`` weights of a row.
 """
 
 import json
-import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +18,33 @@ from models.quantised import need
 
 BITS = {"int4": 4, "int8": 8, "w8a8": 8, "torchao-int4": 4, "torchao-int8": 8}
 """The formats. int4, int8 and w8a8 (activations rounded to 8 bits, too) are compressed-tensors', which vLLM reads."""
-GROUP_SIZE = 128
-"""Of 4-bit formats; 8-bit ones have a scale for each row."""
+GROUP_SIZES = (128, 64, 32)
+"""Of 4-bit formats, unless one is given: the first that divides every layer. 8-bit ones have a scale for each row."""
 
 
-def quantise(
-    name: str, out: Path, form: str, *, group_size: int | None = None, dtype: str = "auto"
-) -> dict[str, Any]:
+def quantise(name: str, out: Path, form: str, *, group_size: int | None = None, dtype: str = "auto") -> dict[str, Any]:
     """Write the copy of ``name`` in the format ``form`` to the folder ``out``; returns what its evalkit.json says.
 
-    group_size: weights of a row that share a scale; 0: the whole row. None: ``GROUP_SIZE`` at 4 bits, else 0.
+    group_size: weights of a row that share a scale; 0: the whole row. None: at 4 bits the first of ``GROUP_SIZES``
+    that fits, else 0.
     ValueError: the format is unknown or its package missing, or a layer's width is no multiple of the group.
     """
     if form not in BITS:
         raise ValueError(f"unknown format {form!r}: expected {', '.join(BITS)}")
     torchao = form.startswith("torchao-")
-    group = (GROUP_SIZE if BITS[form] == 4 else 0) if group_size is None else group_size
-    if form == "w8a8" and group:
-        raise ValueError(f"group size {group} was given, but w8a8 has one scale a row")
+    if form == "w8a8" and group_size:
+        raise ValueError(f"group size {group_size} was given, but w8a8 has one scale a row")
     if would_destroy(out, resolve(name)):
         raise ValueError(f"--out {out} would replace the model {name} itself; give another folder")
     need("torchao" if torchao else "compressed-tensors")
     teacher = load(name, dtype=dtype, device="cpu")
     if teacher.quantisation:
         raise ValueError(f"model {name!r} is quantised already ({teacher.quantisation.title})")
-    layers = _layers(teacher.model, group)
-    grain = f"one scale for {f'{group} weights' if group else 'a row'}"
+    layers = _layers(teacher.model)
+    group = _group(layers, group_size, BITS[form])
+    how = f"rounded to nearest in {form}, one scale for {f'{group} weights' if group else 'a row'}"
     note = {
-        "note": f"{teacher.name} with the weights of its {layers} linear layers rounded to nearest in {form}, {grain}",
+        "note": f"{teacher.name} with the weights of its {len(layers)} linear layers {how}",
         "teacher_fingerprint": teacher.identity,
         "axes": {"compression": "quantisation", "format": form, "group_size": group},
     }
@@ -59,18 +55,24 @@ def quantise(
     return note
 
 
-def _layers(model: Any, group: int) -> int:
-    """How many layers will be rounded; ValueError for one that the groups don't divide."""
+def _layers(model: Any) -> dict[str, int]:
+    """Name and width of every layer that is rounded."""
     head = model.get_output_embeddings()
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    for name, layer in layers.items():
-        if group and layer.in_features % group:
-            fit = [size for size in (256, 128, 64, 32, 16) if all(m.in_features % size == 0 for m in layers.values())]
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module.in_features for name, module in linear.items() if module is not head}
+
+
+def _group(layers: dict[str, int], asked: int | None, bits: int) -> int:
+    """Weights that share a scale, 0 for a row; ValueError where they don't divide a layer."""
+    fit = [size for size in GROUP_SIZES if all(width % size == 0 for width in layers.values())]
+    if asked is None:
+        return fit[0] if fit and bits == 4 else 0
+    for name, width in layers.items():
+        if asked and width % asked:
             raise ValueError(
-                f"{name} is {layer.in_features} wide, which groups of {group} don't divide; "
-                f"give --group-size {fit[0] if fit else 0}"
+                f"{name} is {width} wide, which groups of {asked} don't divide; give --group-size {(fit or [0])[0]}"
             )
-    return len(layers)
+    return asked
 
 
 def _save_torchao(teacher: Loaded, folder: Path, form: str, group: int) -> None:

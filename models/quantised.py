@@ -70,9 +70,7 @@ class Stored:
     @property
     def needs_device_map(self) -> bool:
         """Whether the method's layers must be made where they run."""
-        return self.method != "gguf" and (
-            self.method not in FORMATS or "accelerate" in FORMATS[self.method].packages
-        )
+        return self.method != "gguf" and (self.method not in FORMATS or "accelerate" in FORMATS[self.method].packages)
 
 
 # --- what a checkpoint is ---------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ class Quantisation:
     kernel: str
     """What multiplies by the weights."""
     config: Mapping[str, Any]
-    """What the checkpoint says of its format, without options that are off."""
+    """What the checkpoint says of its format, without what is off or empty."""
     parameters: int
     """Of the model, however they are packed."""
     size: int = 0
@@ -230,23 +228,35 @@ class Quantisation:
 
 def quantisation(model: Any, known: Stored | None = None) -> Quantisation | None:
     """How ``model`` is quantised; None: it isn't. known: the checkpoint it was loaded from, where there is one."""
-    live = getattr(model.config, "quantization_config", None)
-    if live is None and known is None:
-        return None
-    config = live if isinstance(live, Mapping) else live.to_dict() if live is not None else {}
     if known is None:
-        method = _method(config)
-        known = Stored(method=method, config=config, detail=_detail(method, config), size=0)
+        live = getattr(model.config, "quantization_config", None)
+        if live is None:
+            return None
+        config = live if isinstance(live, Mapping) else live.to_dict()
+        known = Stored(method=_method(config), config=config, detail=_detail(_method(config), config), size=0)
     with torch.device("meta"):
         plain = type(model)(model.config)
     return Quantisation(
         method=known.method,
         title=known.title,
         kernel=kernel(model),
-        config=_on(known.config if known.method == "gguf" else config or known.config),
+        config=_on(known.config),
         parameters=sum(parameter.numel() for parameter in plain.parameters()),
         size=known.size,
     )
+
+
+def unpack(model: Any) -> None:
+    """Unpack compressed-tensors now: by itself it would at the first pass, behind wrappers around every layer that
+    keep the output head from running in float32. Activations are rounded all the same, where the format says so."""
+    if not hasattr(model, "ct_decompress_hook"):
+        return
+    from compressed_tensors.compressors import decompress_module
+
+    for module in model.modules():
+        decompress_module(module)
+    model.ct_decompress_hook.remove()
+    del model.ct_decompress_hook
 
 
 def kernel(model: Any) -> str:
@@ -257,12 +267,8 @@ def kernel(model: Any) -> str:
         if is_traceable_wrapper_subclass(weight):
             found.add(_name(weight))
         elif hasattr(module, "quantization_scheme"):
-            status = getattr(module, "quantization_status", None)
-            packed = getattr(status, "value", status) == "compressed"
-            found.add(f"compressed-tensors unpacked {'at the first pass' if packed else 'when loaded'}")
-        elif isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.element_size() > 1):
-            found.add(_name(module))
-        elif any(hasattr(module, packed) for packed in ("qweight", "weight_packed")):
+            found.add("compressed-tensors, unpacked when loaded,")
+        elif hasattr(module, "qweight") or _packed(weight):
             found.add(_name(module))
     if not found:
         return UNPACKED
@@ -277,13 +283,18 @@ def tensors(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [pair for part in inner for pair in tensors(f"{name}.{part}", getattr(tensor, part))]
 
 
+def _packed(weight: Any) -> bool:
+    """Whether ``weight`` is no plain floating-point tensor of 16 bits or more."""
+    return isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.element_size() > 1)
+
+
 def _name(thing: Any) -> str:
     kind = type(thing)
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
 
 
 def _on(config: Any) -> Any:
-    """``config`` without what is off or empty: an option that a newer version adds, and leaves off, changes nothing."""
+    """``config`` without what is off or empty: newer versions add options, and write them down where they are off."""
     if isinstance(config, Mapping):
         kept = {str(name): _on(value) for name, value in config.items()}
         return {name: value for name, value in kept.items() if value not in (None, False, "", [], {})}

@@ -19,7 +19,7 @@ ALLOWED = {
     "reports": {"evalkit"},
     "distill": {"models", "evalkit", "tasks"},
 }
-COMMANDS = {"cli", "cli_bench", "cli_distill", "cli_reports", "commands"}
+COMMANDS = {"cli", "cli_bench", "cli_distill", "cli_quantise", "cli_reports", "commands"}
 EVERYTHING = {f"evalkit/{name}.py" for name in {"api", "api_reports", "opening"} | COMMANDS}
 """These may import every folder, inside functions."""
 ONLY_FOR_TESTS = {name.removesuffix(".py").replace("/", ".") for name in EVERYTHING}
