@@ -267,7 +267,7 @@ def kernel(model: Any) -> str:
         if is_traceable_wrapper_subclass(weight):
             found.add(_name(weight))
         elif hasattr(module, "quantization_scheme"):
-            found.add("compressed-tensors, unpacked when loaded,")
+            found.add("unpacked by compressed-tensors")
         elif hasattr(module, "qweight") or _packed(weight):
             found.add(_name(module))
     if not found:

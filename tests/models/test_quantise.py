@@ -14,6 +14,10 @@ from models.load import describe, load
 from models.quantise import BITS, quantise
 from tests.tiny import tiny_llama, tiny_qwen3, tiny_tokenizer
 
+PROSE = (
+    "The capital of France is Paris. Water boils at a hundred degrees, and freezes at zero. A dog barks, a cat "
+    "does not. In autumn the leaves of many trees turn red and yellow before they fall to the ground."
+)
 IDS = torch.arange(5, 25)[None]
 COMPRESSED = [form for form in BITS if not form.startswith("torchao-")]
 """Those of compressed-tensors."""
@@ -197,3 +201,25 @@ def test_what_cannot_be_quantised_is_told(
     broken.write_bytes(broken.read_bytes()[:1000])
     with pytest.raises(ValueError, match="could not be loaded: "):
         load(str(out))
+
+
+@pytest.mark.slow
+def test_the_builtin_model_loses_more_with_fewer_bits(
+    smollm2: str, torchao: None, compressed_tensors: None, tmp_path: Path
+) -> None:
+    teacher = load(smollm2)
+    ids = teacher.tokenizer(PROSE, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = teacher.model(ids).logits.float().log_softmax(-1)
+    nats = {}
+    for form in BITS:
+        quantise(smollm2, tmp_path / "copy", form)
+        copy = load(str(tmp_path / "copy"))
+        with torch.no_grad():
+            found = copy.model(ids).logits.float().log_softmax(-1)
+        nats[form] = float((expected.exp() * (expected - found)).sum(-1).mean())
+        assert copy.parameters == teacher.parameters and copy.model.lm_head.weight.dtype == torch.bfloat16
+    for eight in ("int8", "w8a8", "torchao-int8"):
+        for four in ("int4", "torchao-int4"):
+            assert 0 <= nats[eight] < 0.1 < 0.3 < nats[four] < 1, nats
+    assert nats["int4"] == pytest.approx(nats["torchao-int4"], rel=0.2), "the same values, but for ties"

