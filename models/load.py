@@ -28,6 +28,7 @@ from models.quantised import (
     gguf_place,
     quantisation,
     stored,
+    tokenizer_beside,
     unpack,
     unpacking,
 )
@@ -100,6 +101,8 @@ def load(
     source = resolve(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_delta(source):
+        if dequantise is not None:
+            raise ValueError(f"dequantise was given, but {name} is a delta checkpoint: its weights are not quantised")
         from models.delta import load_delta  # it loads its teacher with this function
 
         return load_delta(source, teacher=teacher, name=name, dtype=dtype, device=where, **options)
@@ -166,8 +169,8 @@ def _tokenizer_place(source: str) -> dict[str, str]:
     if place is None:
         return {"pretrained_model_name_or_path": source}
     folder, file = place
-    beside = any((Path(folder) / one).is_file() for one in TOKENIZER_FILES)
-    return {"pretrained_model_name_or_path": folder} | ({} if beside else {"gguf_file": file})
+    inside = {} if tokenizer_beside(folder) else {"gguf_file": file}
+    return {"pretrained_model_name_or_path": folder, **inside}
 
 
 def check_whole(name: str, model: Any, info: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from models.folders import would_destroy, written_whole
-from models.load import NOTE_FILE, Loaded, load, resolve
+from models.load import NOTE_FILE, Loaded, load, read_note, resolve
 from models.quantised import need
 
 BITS = {"int4": 4, "int8": 8, "w8a8": 8, "torchao-int4": 4, "torchao-int8": 8}
@@ -27,7 +27,8 @@ def quantise(name: str, out: Path, form: str, *, group_size: int | None = None, 
 
     group_size: weights of a row that share a scale; 0: the whole row. None: at 4 bits the first of ``GROUP_SIZES``
     that fits, else 0.
-    ValueError: the format is unknown or its package missing, or a layer's width is no multiple of the group.
+    ValueError: the format is unknown or its package missing, a layer's width is no multiple of the group, or ``out``
+    holds something else than an earlier copy.
     """
     if form not in BITS:
         raise ValueError(f"unknown format {form!r}: expected {', '.join(BITS)}")
@@ -35,7 +36,9 @@ def quantise(name: str, out: Path, form: str, *, group_size: int | None = None, 
     if form == "w8a8" and group_size:
         raise ValueError(f"group size {group_size} was given, but w8a8 has one scale a row")
     if would_destroy(out, resolve(name)):
-        raise ValueError(f"--out {out} would replace the model {name} itself; give another folder")
+        raise ValueError(f"{out} is the model's own folder, or holds it: give another --out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_copy(out)):
+        raise ValueError(f"{out} exists and holds no earlier quantised copy: give another --out, or remove it")
     need("torchao" if torchao else "compressed-tensors")
     teacher = load(name, dtype=dtype, device="cpu")
     if teacher.quantisation:
@@ -53,6 +56,11 @@ def quantise(name: str, out: Path, form: str, *, group_size: int | None = None, 
         teacher.tokenizer.save_pretrained(folder)
         (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return note
+
+
+def _is_copy(folder: Path) -> bool:
+    axes = (read_note(str(folder)) or {}).get("axes")
+    return isinstance(axes, dict) and axes.get("compression") == "quantisation"
 
 
 def _layers(model: Any) -> dict[str, int]:

@@ -97,6 +97,11 @@ def gguf_in(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def tokenizer_beside(folder: str | Path) -> bool:
+    """Whether a tokenizer lies beside a GGUF file; it goes before the one inside, whose rules transformers guesses."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def stored(source: str, options: Mapping[str, Any]) -> Stored | None:
     """How the checkpoint at ``source`` (folder, hub id or GGUF file) is quantised; None: it isn't.
 
@@ -183,8 +188,9 @@ def _stored_gguf(file: Path) -> Stored:
         reader = GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(f"{file} is no whole GGUF file ({error}); download it again") from error
-    beside = any((file.parent / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    if "tokenizer.ggml.model" not in reader.fields and not beside:
+    if "split.count" in reader.fields and reader.fields["split.count"].contents() > 1:
+        raise ValueError(f"{file} is one of several parts; join them with llama-gguf-split --merge")
+    if "tokenizer.ggml.model" not in reader.fields and not tokenizer_beside(file.parent):
         raise ValueError(f"{file} has no tokenizer in it; put the model's tokenizer.json beside it")
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     return Stored(

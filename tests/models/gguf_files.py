@@ -49,14 +49,20 @@ def packed(weight: np.ndarray, kind: str) -> np.ndarray:
     return blocks.reshape(weight.shape[0], -1)
 
 
-def write_gguf(file: Path, kind: str, *, architecture: str = "qwen3", tokenizer: bool = True) -> dict[str, np.ndarray]:
-    """A model whose matrices are of the type ``kind``; returns the packed matrices by their name in transformers."""
+def write_gguf(
+    file: Path, kind: str, *, architecture: str = "qwen3", tokenizer: bool = True, parts: int = 1
+) -> dict[str, np.ndarray]:
+    """A model whose matrices are of the type ``kind``; returns the packed matrices by their name in transformers.
+
+    parts: how many files the model claims to be split over.
+    """
     import gguf
 
     words = tiny_tokenizer()
     model = qwen3(len(words))
     config = model.config
     writer = gguf.GGUFWriter(file, architecture)
+    writer.add_uint16("split.count", parts)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -12,6 +12,7 @@ from evalkit.engines.hf import HFEngine
 from evalkit.records import Request
 from models.load import describe, load
 from models.quantise import BITS, quantise
+from models.students import make_student
 from tests.tiny import tiny_llama, tiny_qwen3, tiny_tokenizer
 
 PROSE = (
@@ -191,10 +192,16 @@ def test_what_cannot_be_quantised_is_told(
         quantise(tiny, out, "int4", group_size=48)
     with pytest.raises(ValueError, match="w8a8 has one scale a row"):
         quantise(tiny, out, "w8a8", group_size=32)
-    with pytest.raises(ValueError, match="would replace the model"):
+    with pytest.raises(ValueError, match="is the model's own folder, or holds it"):
         quantise(tiny, tiny_folder, "int8")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds no earlier quantised copy"):
+        quantise(tiny, tmp_path, "int8")
     assert not out.exists()
-    quantise(tiny, out, "torchao-int8")
+    quantise(tiny, out, "int8")
+    quantise(tiny, out, "torchao-int8")  # an earlier copy is replaced
+    with pytest.raises(ValueError, match=r"is quantised \(torchao .*: convert what it was made from"):
+        make_student(str(out), tmp_path / "student")
     with pytest.raises(ValueError, match=r"is quantised already \(torchao \(Int8WeightOnly\)\)"):
         quantise(str(out), tmp_path / "again", "int4")
     broken = out / "model.safetensors"

@@ -107,6 +107,9 @@ def test_other_faults_of_gguf_files_are_told(tmp_path: Path) -> None:
     write_gguf(file, "Q8_0", architecture="clip")
     with pytest.raises(ValueError, match="could not be loaded: .*clip"):
         load(str(file))
+    write_gguf(file, "Q8_0", parts=2)
+    with pytest.raises(ValueError, match="is one of several parts; join them"):
+        load(str(file))
     write_gguf(file, "Q8_0", tokenizer=False)
     with pytest.raises(ValueError, match=r"has no tokenizer in it; put the model's tokenizer\.json beside it"):
         load(str(file))
