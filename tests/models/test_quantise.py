@@ -15,6 +15,9 @@ from models.quantise import BITS, quantise
 from models.students import make_student
 from tests.tiny import tiny_llama, tiny_qwen3, tiny_tokenizer
 
+# Older compressed-tensors, the last ones for Python 3.10, compile a helper with torch.jit when they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 PROSE = (
     "The capital of France is Paris. Water boils at a hundred degrees, and freezes at zero. A dog barks, a cat "
     "does not. In autumn the leaves of many trees turn red and yellow before they fall to the ground."
