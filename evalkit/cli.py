@@ -377,7 +377,8 @@ def _quiet() -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
-    for package in ("huggingface_hub", "lm_eval"):
-        stdlib_logging.getLogger(package).setLevel(stdlib_logging.ERROR)
+    # torchao, which transformers imports where it is installed, tells of kernels for GPUs that aren't here.
+    for library in ("huggingface_hub", "lm_eval", "torchao", "torch.utils._pytree"):
+        stdlib_logging.getLogger(library).setLevel(stdlib_logging.ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -83,7 +83,7 @@ def open_spread(spec: Spec, spread: Spread) -> Opened:
 
     from evalkit.engines.pool import Pool
 
-    if Path(spec.model).expanduser().is_dir():  # workers elsewhere start in another folder
+    if Path(spec.model).expanduser().exists():  # workers elsewhere start in another folder
         spec = replace(spec, name=spec.name or spec.model, model=str(Path(spec.model).expanduser().resolve()))
     opener = partial(open_engine, spec)
     leave: Callable[[], None] = lambda: None  # noqa: E731
@@ -130,14 +130,19 @@ def open_engine(spec: Spec) -> Opened:
 
     from models.load import load
 
-    if spec.options:
-        raise ValueError(f"engine {spec.engine!r} takes no option {next(iter(spec.options))!r}")
+    options = dict(spec.options)
+    dequantise = options.pop("dequantise", None)
+    if options:
+        raise ValueError(f"engine {spec.engine!r} takes no option {next(iter(options))!r}: it has dequantise alone")
+    if dequantise not in (None, True, False):
+        raise ValueError(f"dequantise is {dequantise!r}: expected true or false")
     loaded = load(
         spec.model,
         dtype=spec.dtype,
         device=spec.device,
         revision=spec.revision,
         trust_remote_code=spec.trust_remote_code,
+        dequantise=dequantise,
     )
     return open_loaded(replace(loaded, name=spec.name) if spec.name else loaded, spec.batch_size)
 
@@ -156,7 +161,7 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             dtype=loaded.dtype,
             device=loaded.device,
             parameters=loaded.parameters,
-            note=str((loaded.checkpoint or {}).get("note", "")),
+            note=loaded.note,
         ),
         session={
             "engine": "hf",
@@ -164,5 +169,6 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             "head": engine.head_dtype,
             "device": loaded.device,
         },
+        versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
     )

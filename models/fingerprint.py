@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from models.quantised import Quantisation, tensors
 
-def fingerprint(model: Any, tokenizer: Any) -> tuple[dict[str, str], str]:
+
+def fingerprint(model: Any, tokenizer: Any, quantisation: Quantisation | None = None) -> tuple[dict[str, str], str]:
     """(hash of each part, hash of all). Parts: weights, config, tokenizer, end_tokens, chat_template, quantisation."""
     parts = {
         "weights": _weights(model),
@@ -15,7 +17,7 @@ def fingerprint(model: Any, tokenizer: Any) -> tuple[dict[str, str], str]:
         "tokenizer": _tokenizer(tokenizer),
         "end_tokens": _ends(model, tokenizer),
         "chat_template": _short(str(getattr(tokenizer, "chat_template", None) or "").encode()),
-        "quantisation": str(_quantisation(model)),
+        "quantisation": _quantisation(quantisation),
     }
     return parts, _short(json.dumps(parts, sort_keys=True).encode())
 
@@ -27,9 +29,9 @@ def _short(data: bytes) -> str:
 def _weights(model: Any) -> str:
     """Values as float32, so that a bfloat16 checkpoint is the same model loaded in either dtype."""
     total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    state = sorted(model.state_dict().items())
+    parts = [pair for name, tensor in state if isinstance(tensor, torch.Tensor) for pair in tensors(name, tensor)]
+    for name, tensor in parts:
         values = tensor.detach().to("cpu")
         if values.is_floating_point():
             values = values.float()
@@ -56,6 +58,7 @@ def _config(model: Any) -> str:
     known = model.config.to_dict() if hasattr(model, "config") else {}
     for name in (
         "_name_or_path",
+        "_model_name_or_path",
         "architectures",
         "transformers_version",
         "dtype",
@@ -73,9 +76,9 @@ def _ends(model: Any, tokenizer: Any) -> str:
     return json.dumps([getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None), ends])
 
 
-def _quantisation(model: Any) -> str:
-    config = getattr(model.config, "quantization_config", None)
-    if config is None:
+def _quantisation(quantisation: Quantisation | None) -> str:
+    """The format and what computes it: another kernel may give other scores."""
+    if quantisation is None:
         return "none"
-    known = config if isinstance(config, dict) else config.to_dict()
+    known = {"config": quantisation.config, "kernel": quantisation.kernel}
     return json.dumps(known, sort_keys=True, default=str)

@@ -1,4 +1,5 @@
-"""A name -> a model and its tokenizer: a Hugging Face id, a local folder (a delta checkpoint, too), or a built-in name.
+"""A name -> a model and its tokenizer: a Hugging Face id, a local folder (a delta checkpoint, too), a GGUF file, or a
+built-in name.
 
 Everyone who loads a model does it here, so a name means the same in every command.
 """
@@ -6,16 +7,31 @@ Everyone who loads a model does it here, so a name means the same in every comma
 import difflib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models.hybrid  # noqa: F401  # tells transformers of hybrids, so that their folders load
 from models.builtin import BUILTIN
 from models.fingerprint import fingerprint
+from models.quantised import (
+    UNPACKED,
+    Quantisation,
+    Stored,
+    gguf_in,
+    gguf_place,
+    quantisation,
+    stored,
+    tokenizer_beside,
+    unpack,
+    unpacking,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -37,10 +53,13 @@ class Loaded:
     identity: str = ""
     checkpoint: dict[str, Any] | None = None
     """What the folder's evalkit.json says, if there is one."""
+    quantisation: Quantisation | None = None
 
     @property
     def dtype(self) -> str:
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        dtypes = [parameter.dtype for parameter in self.model.parameters()]
+        # Packed weights are integers; what computes with them is not.
+        return str(next((one for one in dtypes if one.is_floating_point), dtypes[0])).removeprefix("torch.")
 
     @property
     def device(self) -> str:
@@ -48,7 +67,15 @@ class Loaded:
 
     @property
     def parameters(self) -> int:
+        if self.quantisation:
+            return self.quantisation.parameters
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def note(self) -> str:
+        """How the model was made and how it is quantised; empty: nothing is known."""
+        made = str((self.checkpoint or {}).get("note", ""))
+        return "; ".join(filter(None, (made, self.quantisation.note if self.quantisation else "")))
 
 
 def load(
@@ -59,10 +86,14 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     teacher: str | None = None,
+    dequantise: bool | None = None,
 ) -> Loaded:
-    """Load ``name``; ``dtype`` "auto" is the checkpoint's own. ValueError says what is missing and what to do.
+    """Load ``name``; ``dtype`` "auto" is the checkpoint's own, of a GGUF file float32, which holds its values exactly.
+    ValueError says what is missing and what to do.
 
     teacher: of a delta checkpoint, where its teacher is now; by default where it was when the delta was saved.
+    dequantise: unpack a quantised model's weights while loading, or keep them packed; None: a GGUF file is unpacked,
+    any other format as transformers has it.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
@@ -70,23 +101,76 @@ def load(
     source = resolve(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_delta(source):
+        if dequantise is not None:
+            raise ValueError(f"dequantise was given, but {name} is a delta checkpoint: its weights are not quantised")
         from models.delta import load_delta  # it loads its teacher with this function
 
         return load_delta(source, teacher=teacher, name=name, dtype=dtype, device=where, **options)
     if teacher is not None:
         raise ValueError(f"teacher {teacher!r} was given, but {name} is no delta checkpoint: it has no {DELTA_FILE}")
     note = read_note(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES.get(dtype, "auto"), output_loading_info=True, **options
-        )
-        model = model.to(where).eval()
-    except Exception as error:  # transformers, safetensors, tokenizers and CUDA each raise types of their own
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
+    with _one_line(name):
+        known = stored(source, options)
+        how = _how(source, known, dtype, where, dequantise, options)
+        tokenizer = AutoTokenizer.from_pretrained(**_tokenizer_place(source), **options)
+        model, info = AutoModelForCausalLM.from_pretrained(**how, output_loading_info=True, **options)
+        model = (model if "device_map" in how else model.to(where)).eval()
     check_whole(name, model, info)
-    return describe(model, tokenizer, name, note)
+    loaded = describe(model, tokenizer, name, note, known)
+    if known and dequantise is False and loaded.quantisation and loaded.quantisation.kernel == UNPACKED:
+        raise ValueError(
+            f"model {name!r} ({known.title}) was to stay packed, but transformers {transformers.__version__} has no "
+            f"kernel for that on {where} (of GGUF it takes them from the package kernels); leave dequantise out"
+        )
+    return loaded
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers, safetensors, tokenizers and CUDA each raise types of their own
+        reason = " ".join(str(error).split())[:600] or type(error).__name__
+        raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
+
+
+def _how(
+    source: str,
+    known: Stored | None,
+    dtype: str,
+    device: str,
+    dequantise: bool | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``from_pretrained`` needs to load ``source``."""
+    how: dict[str, Any] = {"pretrained_model_name_or_path": source, "dtype": DTYPES.get(dtype, "auto")}
+    if known is None:
+        if dequantise is not None:
+            raise ValueError("dequantise was given, but its weights are not quantised")
+        return how
+    place = gguf_place(source)
+    if place:
+        how["pretrained_model_name_or_path"], how["gguf_file"] = place
+        how["dtype"] = DTYPES.get(dtype, torch.float32)
+        # Newer transformers keep the weights packed unless told; older ones know no such option and always unpack.
+        packed = getattr(transformers, "GgufConfig", None)
+        if packed:
+            how["quantization_config"] = packed(dequantize=dequantise is not False)
+    elif dequantise:
+        how["config"] = unpacking(source, known, options)
+    if known.needs_device_map:
+        how["device_map"] = {"": device}
+    return how
+
+
+def _tokenizer_place(source: str) -> dict[str, str]:
+    """Where ``source``'s tokenizer is: of a GGUF file in the file, unless tokenizer files lie beside it."""
+    place = gguf_place(source)
+    if place is None:
+        return {"pretrained_model_name_or_path": source}
+    folder, file = place
+    inside = {} if tokenizer_beside(folder) else {"gguf_file": file}
+    return {"pretrained_model_name_or_path": folder, **inside}
 
 
 def check_whole(name: str, model: Any, info: Any) -> None:
@@ -105,18 +189,32 @@ def check_whole(name: str, model: Any, info: Any) -> None:
         raise ValueError(f"model {name!r} ({type(model).__name__}) is no causal language model")
 
 
-def describe(model: Any, tokenizer: Any, name: str, checkpoint: dict[str, Any] | None = None) -> Loaded:
-    """A live model with its tokenizer, as ``load`` would give it."""
-    parts, identity = fingerprint(model, tokenizer)
-    return Loaded(name=name, model=model, tokenizer=tokenizer, parts=parts, identity=identity, checkpoint=checkpoint)
+def describe(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    checkpoint: dict[str, Any] | None = None,
+    known: Stored | None = None,
+) -> Loaded:
+    """A live model with its tokenizer, as ``load`` would give it. known: how its checkpoint is quantised."""
+    unpack(model)
+    how = quantisation(model, known)
+    parts, identity = fingerprint(model, tokenizer, how)
+    seen: dict[str, Any] = {"parts": parts, "identity": identity, "checkpoint": checkpoint, "quantisation": how}
+    return Loaded(name=name, model=model, tokenizer=tokenizer, **seen)
 
 
 def resolve(name: str) -> str:
-    """The folder or hub id that ``name`` stands for."""
+    """The folder, GGUF file or hub id (``org/name``, ``org/name/file.gguf``) that ``name`` stands for."""
     if name in BUILTIN:
         return str(BUILTIN[name]())
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path)
     if path.is_dir():
+        packed = gguf_in(path)
+        if packed:
+            return str(packed)
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} is not a model folder: it has no config.json")
         if not is_delta(path) and not any((path / file).is_file() for file in TOKENIZER_FILES):
@@ -131,10 +229,11 @@ def resolve(name: str) -> str:
         path.is_file()
         or path.is_absolute()
         or name.startswith((".", "~"))
-        or name.count("/") > 1
+        or (name.count("/") > 1 and not name.endswith(".gguf"))
         or os.sep + os.sep in name
     ):
-        raise ValueError(f"there is no model folder {name}{guess}")
+        kind = "GGUF file" if name.endswith(".gguf") else "model folder"
+        raise ValueError(f"there is no {kind} {name}{guess}")
     if near and "/" not in name:
         raise ValueError(f"there is no model {name!r}{guess}")
     return name

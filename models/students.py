@@ -11,6 +11,7 @@ from models.hybrid_config import check_family
 from models.kept import keep_layers
 from models.load import NOTE_FILE, Loaded, load, read_note
 from models.probe import probe
+from models.quantised import UNPACKED
 from models.text import batches
 
 
@@ -35,6 +36,8 @@ def make_student(
         raise ValueError("teacher is an empty name: expected a hub id, a model folder or a built-in name")
     check_target(folder, name)
     teacher = load(name, dtype=dtype, device=device)
+    if teacher.quantisation and teacher.quantisation.kernel != UNPACKED:
+        raise ValueError(f"teacher {name!r} is quantised ({teacher.quantisation.title}): convert what it was made from")
     config = teacher.model.config
     check_family(config)
     kept = keep_layers(keep, config.num_hidden_layers)

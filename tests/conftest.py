@@ -28,7 +28,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {part for part in os.environ.get("EVALKIT_REQUIRE", "").split(",") if part}
 """Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, altair,
-chromium, triton, fla, ray."""
+chromium, triton, fla, ray, torchao, compressed_tensors, bitsandbytes."""
 
 
 def missing(part: str, why: str) -> None:
@@ -62,6 +62,27 @@ def lm_eval() -> None:
     """lm-evaluation-harness, the oracle of log-likelihood scores."""
     if importlib.util.find_spec("lm_eval") is None:
         missing("lm_eval", "lm-eval is not installed: pip install 'evalkit[lm-eval]'")
+
+
+@pytest.fixture(scope="session")
+def torchao() -> None:
+    """torchao, whose packed weights are tensors of their own."""
+    if importlib.util.find_spec("torchao") is None:
+        missing("torchao", "torchao is not installed: pip install 'evalkit[torchao]'")
+
+
+@pytest.fixture(scope="session")
+def compressed_tensors() -> None:
+    """compressed-tensors, the format that vLLM reads too."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        missing("compressed_tensors", "compressed-tensors is not installed: pip install 'evalkit[compressed-tensors]'")
+
+
+@pytest.fixture(scope="session")
+def bitsandbytes() -> None:
+    """bitsandbytes, whose layers are made where they run."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing("bitsandbytes", "bitsandbytes is not installed: pip install 'evalkit[bitsandbytes]'")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -317,7 +318,8 @@ def _plain_linear(head: Any) -> bool:
     """A linear layer that nothing wraps, patches or quantises."""
     linear = torch.nn.Linear
     own = isinstance(head, linear) and type(head).forward is linear.forward and "forward" not in vars(head)
-    return own and bool(head.weight.is_floating_point())
+    # torchao's packed weights call themselves floating-point.
+    return own and bool(head.weight.is_floating_point()) and not is_traceable_wrapper_subclass(head.weight)
 
 
 def _decode(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str]) -> str:

@@ -19,7 +19,10 @@ ALLOWED = {
     "reports": {"evalkit"},
     "distill": {"models", "evalkit", "tasks"},
 }
-COMMANDS = {"cli", "cli_bench", "cli_cache", "cli_distill", "cli_import", "cli_reports", "cli_sweep", "commands"}
+COMMANDS = {
+    *("cli", "cli_bench", "cli_cache", "cli_distill", "cli_import", "cli_quantise", "cli_reports", "cli_sweep"),
+    "commands",
+}
 EVERYTHING = {f"evalkit/{name}.py" for name in {"api", "api_reports", "opening", "sweep"} | COMMANDS}
 """These may import every folder, inside functions."""
 ONLY_FOR_TESTS = {name.removesuffix(".py").replace("/", ".") for name in EVERYTHING}

@@ -1,0 +1,124 @@
+"""A quantised copy of a model, to compare with it: weights rounded to nearest, no calibration data, on a CPU.
+
+Every linear layer but the output head is rounded: a weight becomes ``scale * q``, with q an integer of 4 or 8 bits and
+one scale for each row, or for each ``group_size`` weights of a row.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from models.folders import would_destroy, written_whole
+from models.load import NOTE_FILE, Loaded, load, read_note, resolve
+from models.quantised import need
+
+BITS = {"int4": 4, "int8": 8, "w8a8": 8, "torchao-int4": 4, "torchao-int8": 8}
+"""The formats. int4, int8 and w8a8 (activations rounded to 8 bits, too) are compressed-tensors', which vLLM reads."""
+GROUP_SIZES = (128, 64, 32)
+"""Of 4-bit formats, unless one is given: the first that divides every layer. 8-bit ones have a scale for each row."""
+
+
+def quantise(name: str, out: Path, form: str, *, group_size: int | None = None, dtype: str = "auto") -> dict[str, Any]:
+    """Write the copy of ``name`` in the format ``form`` to the folder ``out``; returns what its evalkit.json says.
+
+    group_size: weights of a row that share a scale; 0: the whole row. None: at 4 bits the first of ``GROUP_SIZES``
+    that fits, else 0.
+    ValueError: the format is unknown or its package missing, a layer's width is no multiple of the group, or ``out``
+    holds something else than an earlier copy.
+    """
+    if form not in BITS:
+        raise ValueError(f"unknown format {form!r}: expected {', '.join(BITS)}")
+    torchao = form.startswith("torchao-")
+    if form == "w8a8" and group_size:
+        raise ValueError(f"group size {group_size} was given, but w8a8 has one scale a row")
+    if would_destroy(out, resolve(name)):
+        raise ValueError(f"{out} is the model's own folder, or holds it: give another --out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_copy(out)):
+        raise ValueError(f"{out} exists and holds no earlier quantised copy: give another --out, or remove it")
+    need("torchao" if torchao else "compressed-tensors")
+    teacher = load(name, dtype=dtype, device="cpu")
+    if teacher.quantisation:
+        raise ValueError(f"model {name!r} is quantised already ({teacher.quantisation.title})")
+    layers = _layers(teacher.model)
+    group = _group(layers, group_size, BITS[form])
+    how = f"rounded to nearest in {form}, one scale for {f'{group} weights' if group else 'a row'}"
+    note = {
+        "note": f"{teacher.name} with the weights of its {len(layers)} linear layers {how}",
+        "teacher_fingerprint": teacher.identity,
+        "axes": {"compression": "quantisation", "format": form, "group_size": group},
+    }
+    with written_whole(out) as folder:
+        (_save_torchao if torchao else _save_compressed)(teacher, folder, form, group)
+        teacher.tokenizer.save_pretrained(folder)
+        (folder / NOTE_FILE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    return note
+
+
+def _is_copy(folder: Path) -> bool:
+    axes = (read_note(str(folder)) or {}).get("axes")
+    return isinstance(axes, dict) and axes.get("compression") == "quantisation"
+
+
+def _layers(model: Any) -> dict[str, int]:
+    """Name and width of every layer that is rounded."""
+    head = model.get_output_embeddings()
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return {name: module.in_features for name, module in linear.items() if module is not head}
+
+
+def _group(layers: dict[str, int], asked: int | None, bits: int) -> int:
+    """Weights that share a scale, 0 for a row; ValueError where they don't divide a layer."""
+    fit = [size for size in GROUP_SIZES if all(width % size == 0 for width in layers.values())]
+    if asked is None:
+        return fit[0] if fit and bits == 4 else 0
+    for name, width in layers.items():
+        if asked and width % asked:
+            raise ValueError(
+                f"{name} is {width} wide, which groups of {asked} don't divide; give --group-size {(fit or [0])[0]}"
+            )
+    return asked
+
+
+def _save_torchao(teacher: Loaded, folder: Path, form: str, group: int) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, PerRow
+    from transformers import TorchAoConfig
+
+    if form == "torchao-int8":
+        config = Int8WeightOnlyConfig(granularity=PerGroup(group) if group else PerRow())
+    else:  # torchao packs 4 bits on a GPU only; here they are kept as 8, and computed with as 4
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group) if group else PerAxis(0))
+    with tempfile.TemporaryDirectory(dir=folder.parent) as plain:
+        teacher.model.save_pretrained(plain)
+        model = AutoModelForCausalLM.from_pretrained(
+            plain, dtype=teacher.model.dtype, quantization_config=TorchAoConfig(config)
+        )
+        model.save_pretrained(folder)
+
+
+def _save_compressed(teacher: Loaded, folder: Path, form: str, group: int) -> None:
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    model = teacher.model
+    head = model.get_output_embeddings()
+    scheme = preset_name_to_scheme({"int4": "W4A16", "int8": "W8A16", "w8a8": "W8A8"}[form], ["Linear"])
+    if form != "w8a8":
+        scheme.weights = scheme.weights.model_copy(
+            update={"group_size": group or None, "strategy": "group" if group else "channel"}
+        )
+    ignore = [name for name, module in model.named_modules() if module is head]
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=ignore))
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            rows = module.weight.detach().unflatten(-1, (-1, group or module.weight.shape[-1]))
+            scale, _ = calculate_qparams(rows.amin(-1), rows.amax(-1), module.quantization_scheme.weights)
+            module.weight_scale.data.copy_(scale)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(str(folder))
