@@ -17,7 +17,17 @@ def fingerprint(model: Any, tokenizer: Any) -> tuple[dict[str, str], str]:
         "chat_template": _short(str(getattr(tokenizer, "chat_template", None) or "").encode()),
         "quantisation": str(_quantisation(model)),
     }
-    return parts, _short(json.dumps(parts, sort_keys=True).encode())
+    return parts, _identity(parts)
+
+
+def with_quantisation(parts: dict[str, str], asked: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """As ``fingerprint``, of the same model when it is quantised while it is loaded, in the way ``asked`` says."""
+    parts = {**parts, "quantisation": f"{parts['quantisation']}, then {json.dumps(asked, sort_keys=True)}"}
+    return parts, _identity(parts)
+
+
+def _identity(parts: dict[str, str]) -> str:
+    return _short(json.dumps(parts, sort_keys=True).encode())
 
 
 def _short(data: bytes) -> str:
