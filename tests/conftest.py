@@ -28,7 +28,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {part for part in os.environ.get("EVALKIT_REQUIRE", "").split(",") if part}
 """Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, altair,
-chromium, triton, fla."""
+chromium, triton, fla, vllm."""
 
 
 def missing(part: str, why: str) -> None:
@@ -95,6 +95,13 @@ def triton_kernels() -> None:
 
     if not torch.cuda.is_available() and not knobs.runtime.interpret:
         missing("triton", "triton was imported before tests/conftest.py could choose its interpreter")
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """vLLM, for the CPU or a GPU."""
+    if importlib.util.find_spec("vllm") is None:
+        missing("vllm", "vLLM is not installed (make test-vllm brings its own environment)")
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ class _Job:
 class _Scores(_Job):
     head: tuple[int, ...]
     """The continuations' tokens before their last one."""
-    last: dict[int, int]
-    """Last token -> which continuation it ends."""
+    last: dict[int, list[int]]
+    """Last token -> which continuations it ends."""
 
 
 @dataclass(slots=True)
@@ -143,7 +143,7 @@ class VLLMEngine:
         params["output_kind"] = RequestOutputKind.FINAL_ONLY
         try:
             self.llm.llm_engine.add_request(name, tokens_input(list(tokens)), SamplingParams(**params))
-        except ValueError as error:
+        except Exception as error:  # vLLM's own types, by version
             raise ValueError(f"vLLM refused a request of {len(tokens)} tokens: {_line(error)}") from error
         running[name] = job
 
@@ -161,9 +161,9 @@ class VLLMEngine:
 
 
 def _jobs(index: int, request: Request) -> Iterator[_Job]:
-    groups: dict[tuple[int, ...], dict[int, int]] = {}
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = {}
     for continuation, tail in enumerate(request.continuations):
-        groups.setdefault(tail[:-1], {})[tail[-1]] = continuation
+        groups.setdefault(tail[:-1], {}).setdefault(tail[-1], []).append(continuation)
     # The shortest first: its prompt is then in the cache, without log-probabilities, for those that want some.
     for head, last in sorted(groups.items(), key=lambda group: len(group[0])):
         ends = list(last.items())
@@ -184,7 +184,7 @@ def _read(job: _Scores, output: Any) -> Iterator[tuple[int, tuple[float, ...]]] 
         places = output.prompt_logprobs[-len(job.head) :]
         before = tuple(float(place[token].logprob) for place, token in zip(places, job.head, strict=True))
     [after] = output.outputs[0].logprobs
-    return ((continuation, (*before, float(after[token].logprob))) for token, continuation in job.last.items())
+    return ((one, (*before, float(after[token].logprob))) for token, ends in job.last.items() for one in ends)
 
 
 def _seed(tokens: tuple[int, ...], generation: Generation) -> int:
@@ -224,7 +224,7 @@ def start_llm(
             raise ValueError(f"engine option {name!r} is set by evalkit itself; leave it out")
     if int(options.get("data_parallel_size", 1)) > 1:
         raise ValueError(
-            "engine option 'data_parallel_size' needs a server, vLLM runs one replica without one: use "
+            "engine option 'data_parallel_size' needs a server (vLLM runs one replica without a server): use "
             "tensor_parallel_size, or `vllm serve --data-parallel-size N`"
         )
     given: dict[str, Any] = {"seed": 0, "disable_log_stats": True, "enable_prefix_caching": True, **options}
