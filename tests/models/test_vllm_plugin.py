@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from evalkit.opening import Spec, open_engine
 from evalkit.records import Generation, Request
 from models.hybrid_config import HybridKDAConfig
 from models.load import load
-from tests.models.hybrids import tiny_hybrid, tiny_teacher
+from tests.models.hybrids import CLOSE, tiny_hybrid, tiny_teacher
 from tests.tiny import tiny_tokenizer
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("vllm")]  # vLLM's own warnings
@@ -151,6 +152,53 @@ def test_a_delta_checkpoint_is_served_too(tmp_path: Path) -> None:
             assert row == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_the_layer_takes_requests_in_pieces_side_by_side(
+    impl: Any, triton_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the transformers layer on each request alone; on our kernels too, which vLLM runs on a GPU."""
+    from models import vllm_kda
+    from models.kda.layer import KimiDeltaAttention
+
+    monkeypatch.setattr(vllm_kda, "get_tensor_model_parallel_world_size", lambda: 1)
+    config = tiny_hybrid(tiny_teacher("llama", head_dim=16)).config
+    contexts: dict[str, Any] = {}
+    known = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=contexts))
+    torch.manual_seed(0)
+    alone = KimiDeltaAttention(config, 0).eval()
+    with torch.no_grad():
+        for parameter in alone.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    layer = vllm_kda.VLLMKimiDeltaAttention(config, 0, known, "layers.0.kda").eval()
+    layer.load_state_dict(alone.state_dict())
+    layer.impl = impl
+    assert contexts == {"layers.0.kda": layer}
+
+    lengths, blocks = (1, 2, 5, 9, 20), torch.tensor([4, 2, 7, 1, 5])
+    texts = [torch.randn(1, n, config.hidden_size) for n in lengths]
+    inputs, states = (torch.full((8, *shape), torch.nan) for shape in layer.get_state_shape())  # of others before
+    steps = [[1, 1, 0, 3, 2], [0, 1, 1, 1, 15], [0, 0, 4, 5, 1], [0, 0, 0, 0, 2]]
+    done = [0] * len(texts)
+    found: list[list[torch.Tensor]] = [[] for _ in texts]
+    for step in steps:
+        here = sorted((r for r, n in enumerate(step) if n), key=lambda r: step[r] > 1)  # vLLM puts single tokens first
+        counts = torch.tensor([0, *(step[r] for r in here)])
+        fresh = torch.tensor([done[r] == 0 for r in here])
+        singles = sum(step[r] == 1 for r in here)
+        metadata = vllm_kda.KDAMetadata.of(counts.cumsum(0), singles, blocks[here], fresh, config.kda_conv_size - 1)
+        row = torch.cat([texts[r][0, done[r] : done[r] + step[r]] for r in here])
+        with torch.no_grad():
+            y = layer._mix(row, metadata, inputs, states, None)
+        for r, part in zip(here, y.split([step[r] for r in here]), strict=True):
+            found[r].append(part)
+            done[r] += step[r]
+    assert tuple(done) == lengths
+    for text, parts in zip(texts, found, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(torch.cat(parts), alone(text)[0], atol=CLOSE, rtol=CLOSE)
+    assert states[[0, 3, 6]].isnan().all(), "a block of no request was written"
+
+
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     [found] = entry_points(group="vllm.general_plugins", name="hybrid_kda")
     found.load()()
@@ -165,5 +213,11 @@ def test_what_cannot_be_split_or_served_is_named() -> None:
     config = HybridKDAConfig.from_teacher(tiny_teacher("llama").config, [1])
     assert (split_config(config, 2).kda_heads, split_config(config, 2).kda_kv_heads) == (2, 1)
     assert (config.kda_heads, config.kda_kv_heads) == (4, 2), "the model's own configuration is left alone"
+    from models.vllm_hybrid import HybridKDAModel
+
+    teacher = tiny_teacher("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    sliding = HybridKDAConfig.from_teacher(teacher.config, [1])
+    with pytest.raises(ValueError, match="full attention in kept layers, this one has 'sliding_attention'"):
+        HybridKDAModel(vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_config=sliding)))
     with pytest.raises(ValueError, match=r"tensor_parallel_size is 4: expected a divisor of kda_kv_heads \(2\)"):
         split_config(config, 4)
