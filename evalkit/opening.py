@@ -101,8 +101,8 @@ def _open_vllm(spec: Spec) -> Opened:
 
     from evalkit.engines.hf import HFEngine
     from evalkit.engines.replies import eos_ids
-    from evalkit.engines.vllm import VLLMEngine, need_vllm, start_llm, stop_llm
-    from models.fingerprint import with_quantisation
+    from evalkit.engines.vllm import VLLMEngine, changes_model, need_vllm, start_llm, stop_llm
+    from models.fingerprint import changed
     from models.load import is_delta, load, resolve
 
     need_vllm()
@@ -111,8 +111,8 @@ def _open_vllm(spec: Spec) -> Opened:
     loaded = load(spec.model, dtype=spec.dtype, device="cpu", **how)
     tokenizer, eos = loaded.tokenizer, eos_ids(loaded.model, loaded.tokenizer)
     window = HFEngine(loaded.model, tokenizer).max_length
-    asked = {name: spec.options[name] for name in ("quantization", "kv_cache_dtype") if name in spec.options}
-    parts, identity = with_quantisation(loaded.parts, asked) if asked else (loaded.parts, loaded.identity)
+    own = changes_model(spec.options)
+    parts, identity = changed(loaded.parts, own) if own else (loaded.parts, loaded.identity)
     scratch = TemporaryDirectory(prefix="evalkit-") if is_delta(source) else None
     if scratch is not None:  # vLLM reads whole models only
         source = scratch.name

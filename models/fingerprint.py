@@ -20,9 +20,9 @@ def fingerprint(model: Any, tokenizer: Any) -> tuple[dict[str, str], str]:
     return parts, _identity(parts)
 
 
-def with_quantisation(parts: dict[str, str], asked: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """As ``fingerprint``, of the same model when it is quantised while it is loaded, in the way ``asked`` says."""
-    parts = {**parts, "quantisation": f"{parts['quantisation']}, then {json.dumps(asked, sort_keys=True)}"}
+def changed(parts: dict[str, str], how: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """As ``fingerprint``, of the same model when what loads it quantises or alters it, in the way ``how`` says."""
+    parts = {**parts, "quantisation": f"{parts['quantisation']}, then {json.dumps(how, sort_keys=True, default=str)}"}
     return parts, _identity(parts)
 
 

@@ -203,6 +203,13 @@ def need_vllm() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
+def changes_model(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` with which the model is another one, beyond rounding."""
+    found = {name: options[name] for name in ("quantization", "kv_cache_dtype") if options.get(name)}
+    overrides = {name: value for name, value in options.get("hf_overrides", {}).items() if name != "head_dtype"}
+    return found | ({"hf_overrides": overrides} if overrides else {})
+
+
 def start_llm(
     source: str,
     *,

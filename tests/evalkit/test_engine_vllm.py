@@ -15,6 +15,7 @@ from evalkit.engines import vllm as engine_module
 from evalkit.engines.thinking import ThinkingEngine
 from evalkit.opening import Opened, Spec, open_engine
 from evalkit.records import Generated, Generation, Reply, Request, Thought
+from models.fingerprint import changed
 from tests.evalkit.test_engine_hf import byte_ids, mixed_requests
 from tests.oracles import assert_same_replies
 from tests.tiny import chain_llama, tiny_qwen3, tiny_tokenizer
@@ -306,6 +307,17 @@ def test_without_vllm_one_line_names_the_extra(tiny_folder: Path, monkeypatch: p
 def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine_module.start_llm("folder", dtype="float32", window=10, options=options)
+
+
+def test_options_that_alter_the_model_give_it_another_fingerprint() -> None:
+    plain = {"enforce_eager": True, "quantization": None, "hf_overrides": {"head_dtype": "model"}}
+    assert engine_module.changes_model(plain) == {}
+    other = engine_module.changes_model({"quantization": "fp8", "hf_overrides": {"head_dtype": "model", "rope": 2}})
+    assert other == {"quantization": "fp8", "hf_overrides": {"rope": 2}}
+    parts = {"weights": "w", "quantisation": "none"}
+    found, identity = changed(parts, other)
+    assert found["weights"] == "w" and "fp8" in found["quantisation"]
+    assert identity != changed(parts, {"quantization": "awq"})[1]
 
 
 def test_what_vllm_says_of_an_option_is_one_line(vllm: None, tiny_folder: Path) -> None:
