@@ -70,7 +70,7 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub mod
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 ReportDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the runs made on the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (transformers).")]
+Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (transformers) or vllm.")]
 EngineOptions = Annotated[
     list[str] | None, typer.Option("--engine-option", help="Of the engine itself: KEY=VALUE, YAML's types; repeat.")
 ]

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from evalkit.engines.base import Engine
 from evalkit.store import Model
 
-EngineName = Literal["hf"]
+EngineName = Literal["hf", "vllm"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 
@@ -126,6 +126,8 @@ def open_engine(spec: Spec) -> Opened:
     """Load ``spec.model`` into its engine. ValueError says what is missing and what to do."""
     if spec.engine not in ENGINES:
         raise ValueError(f"unknown engine {spec.engine!r}: expected {', '.join(ENGINES)}")
+    if spec.engine == "vllm":
+        return _open_vllm(spec)
     from dataclasses import replace
 
     from models.load import load
@@ -171,4 +173,71 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
         },
         versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
+    )
+
+
+def _open_vllm(spec: Spec) -> Opened:
+    """The model is loaded twice in turn: by transformers on the CPU, which tells what it is, then by vLLM."""
+    from tempfile import TemporaryDirectory
+
+    from evalkit.engines.hf import HFEngine
+    from evalkit.engines.replies import eos_ids
+    from evalkit.engines.vllm import VLLMEngine, changes_model, need_vllm, start_llm, stop_llm
+    from models.fingerprint import changed
+    from models.load import is_delta, load, resolve
+
+    need_vllm()
+    how: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    source = resolve(spec.model)
+    loaded = load(spec.model, dtype=spec.dtype, device="cpu", **how)
+    tokenizer, eos = loaded.tokenizer, eos_ids(loaded.model, loaded.tokenizer)
+    window = HFEngine(loaded.model, tokenizer).max_length
+    own = changes_model(spec.options)
+    parts, identity = changed(loaded.parts, own) if own else (loaded.parts, loaded.identity)
+    scratch = TemporaryDirectory(prefix="evalkit-") if is_delta(source) else None
+    if scratch is not None:  # vLLM reads whole models only
+        source = scratch.name
+        loaded.model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+    model = Model(
+        name=spec.name or loaded.name,
+        fingerprint=identity,
+        parts=parts,
+        dtype=loaded.dtype,
+        parameters=loaded.parameters,
+        note=str((loaded.checkpoint or {}).get("note", "")),
+    )
+    checkpoint = loaded.checkpoint
+    del loaded  # vLLM's own copy comes next
+    try:
+        llm = start_llm(
+            source,
+            dtype=model.dtype,
+            window=window,
+            device=spec.device,
+            batch_size=spec.batch_size,
+            options=spec.options,
+            **how,
+        )
+    finally:
+        if scratch is not None:
+            scratch.cleanup()
+    import vllm
+    from vllm.platforms import current_platform
+
+    engine = VLLMEngine(llm, tokenizer, eos=eos, window=window)
+    device = str(current_platform.device_type)
+    return Opened(
+        engine=engine,
+        model=model.model_copy(update={"device": device}),
+        session={
+            "engine": "vllm",
+            "batch_size": engine.batch_size,
+            "head": engine.head_dtype,
+            "device": device,
+            "options": dict(spec.options),
+        },
+        versions={"vllm": vllm.__version__},
+        checkpoint=checkpoint,
+        close=lambda: stop_llm(llm),
     )

@@ -19,7 +19,17 @@ def fingerprint(model: Any, tokenizer: Any, quantisation: Quantisation | None = 
         "chat_template": _short(str(getattr(tokenizer, "chat_template", None) or "").encode()),
         "quantisation": _quantisation(quantisation),
     }
-    return parts, _short(json.dumps(parts, sort_keys=True).encode())
+    return parts, _identity(parts)
+
+
+def changed(parts: dict[str, str], how: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """As ``fingerprint``, of the same model when what loads it quantises or alters it, in the way ``how`` says."""
+    parts = {**parts, "quantisation": f"{parts['quantisation']}, then {json.dumps(how, sort_keys=True, default=str)}"}
+    return parts, _identity(parts)
+
+
+def _identity(parts: dict[str, str]) -> str:
+    return _short(json.dumps(parts, sort_keys=True).encode())
 
 
 def _short(data: bytes) -> str:

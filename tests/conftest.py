@@ -28,7 +28,7 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = {part for part in os.environ.get("EVALKIT_REQUIRE", "").split(",") if part}
 """Parts that must be there: shared (the data pack), smollm2 (the built-in model), lm_eval, pandas, altair,
-chromium, triton, fla, ray, torchao, compressed_tensors, bitsandbytes."""
+chromium, triton, fla, vllm, ray, torchao, compressed_tensors, bitsandbytes."""
 
 
 def missing(part: str, why: str) -> None:
@@ -125,6 +125,13 @@ def ray_package() -> None:
         missing("ray", "ray is not installed: pip install 'evalkit[ray]'")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """vLLM, for the CPU or a GPU."""
+    if importlib.util.find_spec("vllm") is None:
+        missing("vllm", "vLLM is not installed (make test-vllm brings its own environment)")
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,7 @@ def tiny_qwen3(vocab_size: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def chain_llama(vocab_size: int, *chains: Sequence[int]) -> LlamaForCausalLM:
+def chain_llama(vocab_size: int, *chains: Sequence[int], head_dim: int = 8) -> LlamaForCausalLM:
     """Says what it is told: after a token of a chain comes the chain's next one, whatever stood before.
 
     One layer that adds nothing, embeddings that are unit vectors, and a head that maps each token to the next. No
@@ -126,7 +126,7 @@ def chain_llama(vocab_size: int, *chains: Sequence[int]) -> LlamaForCausalLM:
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        head_dim=8,
+        head_dim=head_dim,
         bos_token_id=0,
         eos_token_id=1,
         tie_word_embeddings=False,
