@@ -177,7 +177,8 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
 
 
 def _open_vllm(spec: Spec) -> Opened:
-    """The model is loaded twice in turn: by transformers on the CPU, which tells what it is, then by vLLM."""
+    """The model is loaded twice in turn: by transformers on the CPU, which tells what it is, then by vLLM. Of a
+    quantised one, which transformers may not run here, the files tell."""
     from tempfile import TemporaryDirectory
 
     from evalkit.engines.hf import HFEngine
@@ -185,11 +186,13 @@ def _open_vllm(spec: Spec) -> Opened:
     from evalkit.engines.vllm import VLLMEngine, changes_model, need_vllm, start_llm, stop_llm
     from models.fingerprint import changed
     from models.load import is_delta, load, resolve
+    from models.unloaded import describe_packed
 
     need_vllm()
     how: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     source = resolve(spec.model)
-    loaded = load(spec.model, dtype=spec.dtype, device="cpu", **how)
+    loaded = None if is_delta(source) else describe_packed(spec.model, "run by vLLM", spec.dtype, **how)
+    loaded = loaded or load(spec.model, dtype=spec.dtype, device="cpu", **how)
     tokenizer, eos = loaded.tokenizer, eos_ids(loaded.model, loaded.tokenizer)
     window = HFEngine(loaded.model, tokenizer).max_length
     own = changes_model(spec.options)
@@ -205,7 +208,7 @@ def _open_vllm(spec: Spec) -> Opened:
         parts=parts,
         dtype=loaded.dtype,
         parameters=loaded.parameters,
-        note=str((loaded.checkpoint or {}).get("note", "")),
+        note=loaded.note,
     )
     checkpoint = loaded.checkpoint
     del loaded  # vLLM's own copy comes next

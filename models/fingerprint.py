@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,10 +10,18 @@ import torch
 from models.quantised import Quantisation, tensors
 
 
-def fingerprint(model: Any, tokenizer: Any, quantisation: Quantisation | None = None) -> tuple[dict[str, str], str]:
-    """(hash of each part, hash of all). Parts: weights, config, tokenizer, end_tokens, chat_template, quantisation."""
+def fingerprint(
+    model: Any,
+    tokenizer: Any,
+    quantisation: Quantisation | None = None,
+    weights: Iterable[tuple[str, torch.Tensor]] | None = None,
+) -> tuple[dict[str, str], str]:
+    """(hash of each part, hash of all). Parts: weights, config, tokenizer, end_tokens, chat_template, quantisation.
+
+    weights: (name, tensor) of each, in order, where they are not in ``model``.
+    """
     parts = {
-        "weights": _weights(model),
+        "weights": _weights(_tensors(model) if weights is None else weights),
         "config": _config(model),
         "tokenizer": _tokenizer(tokenizer),
         "end_tokens": _ends(model, tokenizer),
@@ -36,11 +45,15 @@ def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _weights(model: Any) -> str:
+def _tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            yield from tensors(name, tensor)
+
+
+def _weights(parts: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Values as float32, so that a bfloat16 checkpoint is the same model loaded in either dtype."""
     total = hashlib.sha256()
-    state = sorted(model.state_dict().items())
-    parts = [pair for name, tensor in state if isinstance(tensor, torch.Tensor) for pair in tensors(name, tensor)]
     for name, tensor in parts:
         values = tensor.detach().to("cpu")
         if values.is_floating_point():

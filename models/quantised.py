@@ -102,10 +102,11 @@ def tokenizer_beside(folder: str | Path) -> bool:
     return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
-def stored(source: str, options: Mapping[str, Any]) -> Stored | None:
+def stored(source: str, options: Mapping[str, Any], here: bool = True) -> Stored | None:
     """How the checkpoint at ``source`` (folder, hub id or GGUF file) is quantised; None: it isn't.
 
-    options: revision and trust_remote_code. ValueError: no package here reads it, or a GGUF file is damaged.
+    options: revision and trust_remote_code. here: transformers is to run it. ValueError: no package then reads it, or a
+    GGUF file is damaged.
     """
     place = gguf_place(source)
     if place is not None:
@@ -119,12 +120,13 @@ def stored(source: str, options: Mapping[str, Any]) -> Stored | None:
     if known is None:
         return None
     method = _method(known)
-    if method not in FORMATS and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if here and method not in FORMATS and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise ValueError(
             f"its quantization_config has the quant_method {method!r}, which transformers {transformers.__version__} "
             f"doesn't know; known are {', '.join(sorted(set(FORMATS) | set(AUTO_QUANTIZATION_CONFIG_MAPPING)))}"
         )
-    need(method)
+    if here:
+        need(method)
     folder = Path(cached_file(source, "config.json", revision=options.get("revision"))).parent
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_FILES)
     return Stored(method=method, config=known, detail=_detail(method, known), size=size)
@@ -242,12 +244,17 @@ def quantisation(model: Any, known: Stored | None = None) -> Quantisation | None
         known = Stored(method=_method(config), config=config, detail=_detail(_method(config), config), size=0)
     with torch.device("meta"):
         plain = type(model)(model.config)
+    return packed_as(known, kernel(model), sum(parameter.numel() for parameter in plain.parameters()))
+
+
+def packed_as(known: Stored, kernel: str, parameters: int) -> Quantisation:
+    """``known`` as it runs in ``kernel``; parameters: of the plain model."""
     return Quantisation(
         method=known.method,
         title=known.title,
-        kernel=kernel(model),
+        kernel=kernel,
         config=_on(known.config),
-        parameters=sum(parameter.numel() for parameter in plain.parameters()),
+        parameters=parameters,
         size=known.size,
     )
 
