@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from evalkit.encoding import CLOSE, OPEN, Tokenizer
+from evalkit.engines.replies import cut_reply, decode, eos_ids, first_stop
 from evalkit.records import Generated, Generation, Reply, Request
 
 Row = tuple[int, int, tuple[int, ...], int]
@@ -50,7 +51,7 @@ class HFEngine:
             raise ValueError(
                 f"{type(model).__name__} takes no position_ids, so it can't be padded on the left; use padding='right'"
             )
-        self._eos = _eos_ids(model, tokenizer)
+        self._eos = eos_ids(model, tokenizer)
         self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
         """The output head's weight and bias in float32, made once."""
 
@@ -229,29 +230,8 @@ class HFEngine:
             logits_processor=LogitsProcessorList([_Sample(jobs)]),
         )
         tokens = out[:, width:].tolist()
-        return [self._reply(row, generation) for row, (_, generation) in zip(tokens, jobs, strict=True)]
-
-    def _reply(self, tokens: list[int], generation: Generation) -> Generated:
-        """Cut one row of generated tokens at its own end: EOS, stop string or length, whichever came first."""
-        finish: Literal["eos", "stop", "length"] = "length"
-        tokens = tokens[: generation.max_tokens]
-        end = next((at for at, token in enumerate(tokens) if token in self._eos), None)
-        if end is not None:
-            tokens, finish = tokens[:end], "eos"
-        text = _decode(self._tokenizer, tokens, generation.stops)
-        cut = _first_stop(text, generation.stops)
-        if cut is not None:
-            tokens, text, finish = self._until(tokens, generation.stops), text[:cut], "stop"
-        return Generated(text=text, tokens=tuple(tokens), finish=finish)
-
-    def _until(self, tokens: list[int], stops: tuple[str, ...]) -> list[int]:
-        """The shortest run of ``tokens`` with a whole stop string: the row stopped there, whatever its batch did."""
-        low, high = 1, len(tokens)
-        while low < high:
-            middle = (low + high) // 2
-            text = _decode(self._tokenizer, tokens[:middle], stops)
-            low, high = (low, middle) if _first_stop(text, stops) is not None else (middle + 1, high)
-        return tokens[:low]
+        said = zip(tokens, jobs, strict=True)
+        return [cut_reply(self._tokenizer, row, generation, self._eos) for row, (_, generation) in said]
 
 
 _FIRST = 8
@@ -300,15 +280,15 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]
                 continue
             new = input_ids.shape[1] - self.width
             if new <= _FIRST:
-                opening = _decode(self.tokenizer, input_ids[r, self.width :].tolist(), generation.stops)
+                opening = decode(self.tokenizer, input_ids[r, self.width :].tolist(), generation.stops)
                 self.thinks[r] = opening.lstrip().startswith(OPEN)
             # A stop string of n characters lies within the last n + 8 tokens: every token but a byte piece has one.
             tail = max((len(stop) for stop in generation.stops), default=0) + 8
             shown = input_ids[r, self.width :][
                 0 if self.thinks[r] and CLOSE not in generation.stops else -tail :
             ].tolist()
-            text = _decode(self.tokenizer, shown, generation.stops)
-            self.done[r] = new >= generation.max_tokens or _first_stop(text, generation.stops) is not None
+            text = decode(self.tokenizer, shown, generation.stops)
+            self.done[r] = new >= generation.max_tokens or first_stop(text, generation.stops) is not None
         return torch.tensor(self.done, device=input_ids.device)
 
 
@@ -319,33 +299,9 @@ def _plain_linear(head: Any) -> bool:
     return own and bool(head.weight.is_floating_point())
 
 
-def _decode(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str]) -> str:
-    """Special tokens are left out, but while a thought is awaited: its closing tag may be one of them."""
-    skip = CLOSE not in stops
-    return tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-
-
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins. None stands inside a thinking block, unless the block's end is the stop."""
-    start = 0
-    if text.lstrip().startswith(OPEN) and CLOSE not in stops:
-        start = text.find(CLOSE)
-        if start < 0:
-            return None
-    found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
-    return min(found, default=None)
-
-
 def _cost(request: Request) -> int:
     tails = sum(len(request.prompt) + len(tail) for tail in request.continuations)
     return tails + len(request.prompt) + (request.generation.max_tokens if request.generation else 0)
-
-
-def _eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every token that ends a turn: what the generation config names, and the tokenizer's own."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = set(named if isinstance(named, (list, tuple)) else [named])
-    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 @contextlib.contextmanager
