@@ -54,6 +54,7 @@ def run(
     revision: str | None = None,
     trust_remote_code: bool = False,
     engine: str = "hf",
+    base_url: str = "",
     engine_options: Mapping[str, Any] | None = None,
     progress: Progress | bool = False,
     **settings: Any,
@@ -65,7 +66,8 @@ def run(
     out: the run's folder; a run that was cut off goes on there. None: in memory only.
     data_dir: folder with offline benchmark items (default: EVALKIT_DATA; neither: the Hugging Face hub).
     mode: "both", "loglikelihood" or "generation".
-    engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
+    engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it; "openai"
+        is the server at ``base_url``, and ``model`` its name there.
     settings: any field of ``evalkit.settings.Settings`` (view, shots, chat, limit, ...).
     ValueError: what was asked can't be done; the message says what to change.
     """
@@ -82,7 +84,8 @@ def run(
     # Data is read before the model: what is missing there shows at once, not after minutes of loading.
     selections = {task.name: select(task, chosen, folder) for task in wanted}
     how: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "revision": revision}
-    how |= {"trust_remote_code": trust_remote_code, "engine": engine, "options": dict(engine_options or {})}
+    how |= {"trust_remote_code": trust_remote_code, "engine": engine, "base_url": base_url}
+    how |= {"options": dict(engine_options or {})}
     opened = _open(model, tokenizer, name, how)
     try:
         return _score(opened, wanted, selections, chosen, None if out is None else Path(out), progress)
@@ -264,6 +267,7 @@ def _score(
     from evalkit.progress import bars
     from evalkit.store import RunWriter
 
+    opened.check(settings)
     thinking = settings.thought_budget() is not None
     encoder = Encoder(opened.engine.tokenizer, chat=settings.chat, system=settings.system, thinking=thinking)
     writer = RunWriter(out, _manifest(opened, settings, wanted, selections))
