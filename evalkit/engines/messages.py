@@ -10,7 +10,7 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from evalkit.encoding import Tokenizer
-from evalkit.engines.openai import ended, sampling
+from evalkit.engines.openai import ended, sampling, understood
 from evalkit.engines.server import Refused, Server
 from evalkit.records import LOGLIKELIHOOD, Generated, Generation, Reply, Request
 from evalkit.settings import Settings
@@ -60,7 +60,9 @@ class ChatEngine:
             jobs.append((index, self._body(messages, request.generation)))
         with ThreadPool(self._threads) as pool:
             for index, found in pool.imap_unordered(lambda job: (job[0], self._post(job[1])), jobs):
-                yield index, Reply(generated=self._said(found))
+                with understood(self.server):
+                    said = self._said(found)
+                yield index, Reply(generated=said)
 
     def check(self, settings: Settings) -> None:
         """ValueError for settings that can't be served by messages."""

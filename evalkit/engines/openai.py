@@ -5,6 +5,7 @@ sent, token by token where it tells. Log-probabilities of a prompt are taken fro
 ``echo`` with ``logprobs``, as lm-evaluation-harness does; a server that offers neither can only generate.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -50,6 +51,15 @@ class Mismatch(ValueError):
         self.what = what
 
 
+@contextlib.contextmanager
+def understood(server: Server) -> Iterator[None]:
+    """JSON of another shape than the protocol's is a mismatch."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise Mismatch(server, f"answered in a form that is not OpenAI's ({type(error).__name__}: {error})") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
     """What a server was found to understand."""
@@ -80,7 +90,6 @@ class OpenAIEngine:
         eos: frozenset[int],
         window: int,
         threads: int = 16,
-        dialect: Dialect | None = None,
     ) -> None:
         self.server = server
         self.model = model
@@ -89,7 +98,8 @@ class OpenAIEngine:
         self._threads = threads
         bos = tokenizer.bos_token_id
         self._bos = (bos,) if bos is not None and tokenizer.encode("x", add_special_tokens=True)[:1] == [bos] else ()
-        self.dialect = dialect or self._probe()
+        with understood(server):
+            self.dialect = self._probe()
         # A server generates at least one token, and so needs room for one behind what it scores.
         self.max_length = window - 1 if self.dialect.scores else window
 
@@ -112,11 +122,12 @@ class OpenAIEngine:
         with ThreadPool(self._threads) as pool:
             for i, j, found in pool.imap_unordered(lambda job: (job[0], job[1], self._post(job[2])), jobs):
                 request = requests[i]
-                if j >= 0:
-                    tail = request.continuations[j]
-                    scores[i, j] = self._scores(request.prompt + tail, found)[-len(tail) :]
-                elif request.generation:
-                    said[i] = self._said(request.prompt, request.generation, found)
+                with understood(self.server):
+                    if j >= 0:
+                        tail = request.continuations[j]
+                        scores[i, j] = self._scores(request.prompt + tail, found)[-len(tail) :]
+                    elif request.generation:
+                        said[i] = self._said(request.prompt, request.generation, found)
                 waits[i] -= 1
                 if not waits[i]:
                     rows = tuple(scores.pop((i, k)) for k in range(len(request.continuations)))
@@ -179,19 +190,19 @@ class OpenAIEngine:
     def _scores(self, tokens: Sequence[int], found: Mapping[str, Any], way: str = "") -> tuple[float, ...]:
         """The log-probability (nats) of each of ``tokens`` but the first, checked to be theirs."""
         choice = self._read(tokens, found)
-        rows: Any
+        rows: list[Any]
         if (way or self.dialect.scores) == "prompt_logprobs":
-            rows = choice.get("prompt_logprobs")
-            if not isinstance(rows, list) or len(rows) != len(tokens):
-                raise Mismatch(self.server, f"gave {_count(rows)} prompt_logprobs for {len(tokens)} tokens")
+            rows = choice.get("prompt_logprobs") or []
+            if len(rows) != len(tokens):
+                raise Mismatch(self.server, f"gave {len(rows)} prompt_logprobs for {len(tokens)} tokens")
             # Each row may hold likelier tokens too; the prompt's own is there whatever its rank.
             values = [(row or {}).get(str(t), {}).get("logprob") for row, t in zip(rows[1:], tokens[1:], strict=True)]
         else:
             told = choice.get("logprobs") or {}
-            texts, rows = told.get("tokens"), told.get("token_logprobs")
-            whole = isinstance(rows, list) and isinstance(texts, list) and len(texts) == len(rows)
-            if not whole or len(rows) - len(tokens) not in (0, 1):  # servers do or don't tell the generated one's
-                raise Mismatch(self.server, f"gave {_count(rows)} echoed logprobs for {len(tokens)} tokens")
+            texts, rows = told.get("tokens") or [], told.get("token_logprobs") or []
+            # Servers do or don't tell the generated token's.
+            if len(rows) - len(tokens) not in (0, 1) or len(texts) != len(rows):
+                raise Mismatch(self.server, f"gave {len(rows)} echoed logprobs for {len(tokens)} tokens")
             for text, token in zip(texts, tokens, strict=False):
                 if not self._same_text(str(text), token):
                     raise Mismatch(self.server, f"echoed token {token} as {text!r}")
@@ -291,7 +302,8 @@ class OpenAIEngine:
         why = []
         for way in ("prompt_logprobs", "echo"):
             try:
-                self._scores(whole, self._post(self._scoring(self._sent(whole), way)), way)
+                with understood(self.server):
+                    self._scores(whole, self._post(self._scoring(self._sent(whole), way)), way)
                 return replace(self.dialect, scores=way)
             except Refused as refused:
                 if refused.status not in _CANNOT:
@@ -330,7 +342,3 @@ def ended(server: Server, choice: Mapping[str, Any]) -> Literal["eos", "length"]
 def _prompt_tokens(found: Mapping[str, Any]) -> int | None:
     count = (found.get("usage") or {}).get("prompt_tokens")
     return count if isinstance(count, int) else None
-
-
-def _count(rows: Any) -> str:
-    return str(len(rows)) if isinstance(rows, list) else "no"
