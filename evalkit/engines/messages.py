@@ -5,12 +5,12 @@ characters, and its template writes the conversation as JSON, which ``ChatEngine
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from evalkit.encoding import Tokenizer
-from evalkit.engines.openai import ended, sampling, understood
+from evalkit.engines.openai import CANNOT, HABITS, ended, sampling, understood
 from evalkit.engines.server import Refused, Server
 from evalkit.records import LOGLIKELIHOOD, Generated, Generation, Reply, Request
 from evalkit.settings import Settings
@@ -44,13 +44,18 @@ class ChatEngine:
         self.model = model
         self.tokenizer: Tokenizer = Messages()
         self._threads = threads
-        self._limit = "max_tokens"
-        try:
-            self._post(self._body([{"role": "user", "content": "Say yes."}], Generation(max_tokens=16)))
-        except Refused as refused:
-            if "max_completion_tokens" not in refused.said:
-                raise
-            self._limit = "max_completion_tokens"  # OpenAI's newer models know no other name
+        ways: tuple[tuple[Mapping[str, Any], str], ...] = (
+            (HABITS, "max_tokens"),
+            ({}, "max_tokens"),
+            ({}, "max_completion_tokens"),
+        )
+        for self._habits, self._limit in ways:  # OpenAI refuses words that it does not know; so do its newer models
+            try:
+                self._post(self._body([{"role": "user", "content": "Say yes."}], Generation(max_tokens=16)))
+                return
+            except Refused as refused:
+                if refused.status not in CANNOT or (self._habits, self._limit) == ways[-1]:
+                    raise
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         jobs = []
@@ -80,7 +85,7 @@ class ChatEngine:
         return self.server.post("/chat/completions", {"model": self.model, **body}, needs="choices")
 
     def _body(self, messages: list[dict[str, str]], generation: Generation) -> dict[str, Any]:
-        return {"messages": messages, self._limit: generation.max_tokens, **sampling(generation)}
+        return {"messages": messages, self._limit: generation.max_tokens, **sampling(generation), **self._habits}
 
     def _said(self, found: dict[str, Any]) -> Generated:
         choice = found["choices"][0]

@@ -19,9 +19,10 @@ from evalkit.settings import Settings
 
 PROBE = "In 1984, Zoë paid 12 € for a naïve dog:\n\tWoof!"
 """Text that two tokenizers seldom make the same number of tokens of."""
-EXTRAS: Mapping[str, Any] = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What vLLM and its like understand beyond OpenAI's protocol: the reply's tokens, and no sampling habits of the model's
-own generation_config.json, which such a server would apply."""
+HABITS: Mapping[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""No sampling habits of the model's own generation_config.json, which vLLM and its like would apply."""
+EXTRAS: Mapping[str, Any] = {"return_token_ids": True, **HABITS}
+"""What vLLM understands beyond OpenAI's protocol."""
 _WAYS: Mapping[str, Mapping[str, Any]] = {
     "prompt_logprobs": {"prompt_logprobs": 0},
     "echo": {"echo": True, "logprobs": 1},
@@ -30,7 +31,8 @@ _FLOOR = -9999.0
 """What vLLM writes for minus infinity, which JSON lacks."""
 _STOPS = 4
 """More are refused by OpenAI's protocol; all are looked for here again."""
-_CANNOT = (400, 403, 404, 405, 415, 422, 501)
+CANNOT = (400, 404, 405, 415, 422, 501)
+"""Statuses of a server that does not know what it is asked for."""
 _ENDS: Mapping[str, Literal["eos", "length"]] = {
     "stop": "eos",
     "eos": "eos",
@@ -273,7 +275,7 @@ class OpenAIEngine:
                     f"{refused}. Where it serves /chat/completions alone, send messages: "
                     f"--engine-option endpoint=chat --chat --mode generation"
                 ) from refused
-            if refused.status not in _CANNOT:
+            if refused.status not in CANNOT:
                 raise
             extras = {}
             found = self._post({"prompt": PROBE, **short})
@@ -306,7 +308,7 @@ class OpenAIEngine:
                     self._scores(whole, self._post(self._scoring(self._sent(whole), way)), way)
                 return replace(self.dialect, scores=way)
             except Refused as refused:
-                if refused.status not in _CANNOT:
+                if refused.status not in CANNOT:
                     raise
                 why.append(f"{way}: {refused.said}")
             except Mismatch as mismatch:
@@ -317,7 +319,7 @@ class OpenAIEngine:
         try:
             return _prompt_tokens(self._post(body)) == count
         except Refused as refused:
-            if refused.status not in _CANNOT:
+            if refused.status not in CANNOT:
                 raise
             return False
 
