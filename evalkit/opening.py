@@ -125,9 +125,10 @@ def _open_served(spec: Spec) -> Opened:
         if not untouched:
             raise ValueError(f"the server chooses its own {name}; leave --{name.replace('_', '-')} out")
     threads = _at_least(spec.options, "concurrency", 1, 16)
+    variable = spec.options.get("api_key_env")
     server = Server(
         spec.base_url,
-        key_variable=spec.options.get("api_key_env"),
+        key_variable=None if variable is None else str(variable),
         timeout=_at_least(spec.options, "timeout", 1, 600),
         retries=_at_least(spec.options, "retries", 0, 6),
         threads=threads,

@@ -57,6 +57,7 @@ class FakeServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: FakeServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # header and body are two packets, and the second would wait 40 ms for an echo
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -169,7 +169,7 @@ class OpenAIEngine:
     def _read(self, tokens: Sequence[int], found: Mapping[str, Any]) -> Mapping[str, Any]:
         """The one choice of a reply to ``tokens``; ValueError if the server read something else."""
         choice = found["choices"][0]
-        count = _prompt_tokens(found)
+        count = self._prompt_tokens(found)
         ids = choice.get("prompt_token_ids")
         if count != len(tokens) or (ids is not None and list(ids) != list(tokens)):
             others = " others" if count == len(tokens) else ""
@@ -179,6 +179,12 @@ class OpenAIEngine:
                 f"way, so what it says is no answer to what was asked",
             )
         return choice  # type: ignore[no-any-return]
+
+    def _prompt_tokens(self, found: Mapping[str, Any]) -> int:
+        count = (found.get("usage") or {}).get("prompt_tokens")
+        if not isinstance(count, int):
+            raise Mismatch(self.server, "reports no usage.prompt_tokens, so what it read can't be checked")
+        return count
 
     # --- log-likelihood ---
 
@@ -279,10 +285,12 @@ class OpenAIEngine:
                 raise
             extras = {}
             found = self._post({"prompt": PROBE, **short})
-        choice, count = found["choices"][0], _prompt_tokens(found)
-        theirs = choice.get("prompt_token_ids")
+        choice, count = found["choices"][0], self._prompt_tokens(found)
+        theirs = choice.get("prompt_token_ids") or whole
         told = isinstance(choice.get("token_ids"), list)
-        if count not in (len(whole), len(bare)) or (theirs is not None and list(theirs) not in (whole, bare)):
+        # Whether text gets a BOS may differ: it matters only where prompts must be text.
+        alike = theirs in (whole, bare) or theirs[1:] == bare
+        if count not in (len(whole), len(bare), len(bare) + 1) or not alike:
             raise ValueError(
                 f"the server {self.server.url} makes {count} tokens of a text of which the tokenizer makes "
                 f"{len(whole)}{', others' if count == len(whole) else ''}: not the same tokenizer. Name the model's "
@@ -292,7 +300,7 @@ class OpenAIEngine:
         if not ids and count != len(whole):
             raise ValueError(
                 f"the server {self.server.url} takes text only, and reads it as {count} tokens where the tokenizer "
-                f"makes {len(whole)}: it {'leaves out' if count < len(whole) else 'adds'} a BOS token"
+                f"makes {len(whole)}: it {'leaves out the' if count < len(whole) else 'adds a'} BOS token"
             )
         self.dialect = Dialect(
             ids=ids,
@@ -317,7 +325,7 @@ class OpenAIEngine:
 
     def _takes(self, body: Mapping[str, Any], count: int) -> bool:
         try:
-            return _prompt_tokens(self._post(body)) == count
+            return self._prompt_tokens(self._post(body)) == count
         except Refused as refused:
             if refused.status not in CANNOT:
                 raise
@@ -339,8 +347,3 @@ def ended(server: Server, choice: Mapping[str, Any]) -> Literal["eos", "length"]
             f"the server {server.url} ended a reply for the reason {reason!r}, which is none that is known"
         )
     return _ENDS[reason]
-
-
-def _prompt_tokens(found: Mapping[str, Any]) -> int | None:
-    count = (found.get("usage") or {}).get("prompt_tokens")
-    return count if isinstance(count, int) else None

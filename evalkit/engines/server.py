@@ -1,8 +1,8 @@
 """One HTTP server that speaks the OpenAI protocol: its address, its key, and patience with its faults.
 
-requests, because one name of it serves every Python and comes with evaluate, gguf and lm-eval; the openai package
-brings a client with types for all that OpenAI sells. One loop of retries serves statuses, connections and broken
-bodies alike, which no adapter of requests does.
+requests, because it has one name everywhere (huggingface_hub brings httpx or httpx2, by its version), and because the
+openai package is twenty times what is needed. One loop of retries serves statuses, connections and broken bodies
+alike; urllib3's own knows the first two.
 """
 
 import contextlib
@@ -112,6 +112,10 @@ class Server:
             )
         except requests.Timeout:
             raise _Fault(f"gave no answer within {self.timeout:g} s (--engine-option timeout=SECONDS)") from None
+        except requests.exceptions.InvalidURL:  # its words may repeat a proxy's address, password and all
+            raise ValueError(
+                f"--base-url {self.url}, or HTTP_PROXY, HTTPS_PROXY or ALL_PROXY in the environment, is no address"
+            ) from None
         except requests.exceptions.ProxyError as error:
             raise _Fault(f"can't be reached through the proxy that the environment names: {_root(error)}") from None
         except requests.RequestException as error:
@@ -120,16 +124,17 @@ class Server:
         found: Any = None
         with contextlib.suppress(ValueError):  # what else it is, is said below
             found = reply.json()
-        said = self._without_key(_message(found) or f"no JSON but {reply.text.strip()[:60]!r}")
+        if reply.status_code == 200 and isinstance(found, dict):
+            if needs and not (isinstance(found.get(needs), list) and found[needs]):
+                raise _Fault(f"answered {path} without {needs!r}")
+            return found
+        said = _message(found) or f"no JSON but {reply.text.strip()[:60]!r}"
+        said = said.replace(self._key, "***") if self._key else said  # servers like to repeat the key they refuse
+        if reply.status_code == 200:
+            raise _Fault(f"answered {path} with {said}")
         if reply.status_code in _AGAIN:
             raise _Fault(f"answered with status {reply.status_code}: {said}", _retry_after(reply.headers))
-        if reply.status_code != 200:
-            raise Refused(self._refusal(path, reply.status_code, said), reply.status_code, said)
-        if not isinstance(found, dict):
-            raise _Fault(f"answered {path} with {said}")
-        if needs and not (isinstance(found.get(needs), list) and found[needs]):
-            raise _Fault(f"answered {path} without {needs!r}")
-        return found
+        raise Refused(self._refusal(path, reply.status_code, said), reply.status_code, said)
 
     def _refusal(self, path: str, status: int, said: str) -> str:
         if status in (401, 403):
@@ -141,10 +146,6 @@ class Server:
         if 300 <= status < 400:
             return f"the server {self.url} sends {path} elsewhere (status {status}); give --base-url its new address"
         return f"the server {self.url} refused {path} (status {status}): {said}"
-
-    def _without_key(self, text: str) -> str:
-        """Servers like to repeat the key that they refuse."""
-        return text.replace(self._key, "***") if self._key else text
 
 
 def served_models(server: Server, model: str) -> dict[str, Any]:

@@ -336,7 +336,7 @@ def clamped(row: dict[str, Any]) -> dict[str, Any]:
     ("dialect", "change", "words"),
     [
         ("vllm", more_tokens, "tokenises or cuts prompts in its own way"),
-        ("vllm", no_usage, "as None"),
+        ("vllm", no_usage, "reports no usage.prompt_tokens"),
         ("vllm", other_ids, "others"),
         ("vllm", in_rows(lambda row: {"7": {"logprob": -1.0}}), "the log-probability None"),
         ("vllm", in_rows(clamped), "the log-probability -9999.0"),
@@ -398,13 +398,16 @@ def test_another_tokenizer_is_noticed_before_anything_is_scored(vllm: FakeServer
         OpenAIEngine(Server(vllm.url), "tiny", CharTokenizer(), eos=frozenset(), window=100)
 
 
-def test_a_text_server_that_adds_no_bos_is_refused() -> None:
-    tokenizer = tiny_tokenizer(bos=True)
-    with (
-        serving(tiny_llama(len(tokenizer)), tiny_tokenizer(), "text") as server,
-        pytest.raises(ValueError, match="leaves out a BOS token"),
-    ):
-        OpenAIEngine(Server(server.url), "tiny", tokenizer, eos=frozenset(), window=100)
+@pytest.mark.parametrize(("bos", "words"), [(True, "leaves out the BOS token"), (False, "adds a BOS token")])
+def test_a_bos_of_its_own_matters_only_to_a_server_that_takes_text(bos: bool, words: str) -> None:
+    ours, theirs = tiny_tokenizer(bos=bos), tiny_tokenizer(bos=not bos)
+    model = tiny_llama(len(ours))
+    with serving(model, theirs, "text") as server, pytest.raises(ValueError, match=words):
+        OpenAIEngine(Server(server.url), "tiny", ours, eos=frozenset(), window=100)
+    with serving(model, theirs, "vllm") as server:
+        served = OpenAIEngine(Server(server.url), "tiny", ours, eos=frozenset(), window=100)
+        assert served.dialect.ids and served.dialect.scores
+        served.server.close()
 
 
 def test_a_prompt_that_text_cannot_carry_is_refused(loaded: Any) -> None:
@@ -671,6 +674,10 @@ def test_the_environments_proxy_is_used_and_named(
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(ValueError, match="through the proxy that the environment names: Connection refused") as raised:
+        run(vllm, tiny_folder)
+    assert KEY not in str(raised.value)
+    monkeypatch.setenv("HTTP_PROXY", f"http://user:{KEY}#@127.0.0.1:1")
+    with pytest.raises(ValueError, match="in the environment is no address") as raised:
         run(vllm, tiny_folder)
     assert KEY not in str(raised.value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
