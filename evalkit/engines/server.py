@@ -99,7 +99,8 @@ class Server:
                 # A server that never answered is more likely down, or elsewhere, than busy.
                 if tried == self.retries or not self._answered or (fault.wait_s or 0) > PATIENCE_S:
                     tries = f" ({tried + 1} tries)" if tried else ""
-                    raise ValueError(f"the server {self.url} {fault}{tries}; {_KEPT}") from None
+                    advice = _KEPT if self._answered else "is it running, and --base-url right?"
+                    raise ValueError(f"the server {self.url} {fault}{tries}; {advice}") from None
                 wait_s = random.uniform(0.5, 1) * BACKOFF_S * min(60, 2**tried) + (fault.wait_s or 0)
             if self._closed.wait(wait_s):
                 break
@@ -128,8 +129,9 @@ class Server:
             if needs and not (isinstance(found.get(needs), list) and found[needs]):
                 raise _Fault(f"answered {path} without {needs!r}")
             return found
-        said = _message(found) or f"no JSON but {reply.text.strip()[:60]!r}"
-        said = said.replace(self._key, "***") if self._key else said  # servers like to repeat the key they refuse
+        said = _message(found) or f"no JSON but {reply.text.strip()!r}"
+        # Servers like to repeat the key that they refuse, and half of it is too much, too.
+        said = (said.replace(self._key, "***") if self._key else said)[:300]
         if reply.status_code == 200:
             raise _Fault(f"answered {path} with {said}")
         if reply.status_code in _AGAIN:
@@ -208,7 +210,7 @@ def _message(found: Any) -> str:
         return "" if found is None else f"JSON that is no object ({type(found).__name__})"
     error = found.get("error", found)
     words = error.get("message") or error.get("detail") or error if isinstance(error, dict) else error
-    return " ".join(str(words).split())[:300]
+    return " ".join(str(words).split())
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
