@@ -53,7 +53,8 @@ setup-vllm:
 
 test-vllm: setup-vllm
 	EVALKIT_REQUIRE=vllm,smollm2 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1 \
-	  "$(VENV_VLLM)/bin/python" -m pytest tests/evalkit/test_engine_vllm.py tests/models/test_vllm_plugin.py
+	  "$(VENV_VLLM)/bin/python" -m pytest tests/evalkit/test_engine_vllm.py \
+	  tests/evalkit/test_engine_openai_vllm.py tests/models/test_vllm_plugin.py
 
 lint: setup
 	"$(BIN)/ruff" format --check .

@@ -57,6 +57,7 @@ def run(
     revision: str | None = None,
     trust_remote_code: bool = False,
     engine: str = "hf",
+    base_url: str = "",
     engine_options: Mapping[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
@@ -74,7 +75,8 @@ def run(
     data_dir: folder with offline benchmark items (default: EVALKIT_DATA; neither: the Hugging Face hub).
     include_path: folder with lm-eval YAML files of your own.
     mode: "both", "loglikelihood" or "generation".
-    engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
+    engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it; "openai"
+        is the server at ``base_url``, and ``model`` its name there.
     cache_dir: folder whose replies are taken, and to which new ones are added (evalkit/responses.py). None: neither.
     workers, ray, ray_actors, ray_resources: spread it over processes of this machine, or a Ray cluster
     (``evalkit.opening.Spread``). Processes import the calling script, so guard it by ``if __name__ == "__main__"``.
@@ -94,7 +96,8 @@ def run(
     # Data is read before the model: what is missing there shows at once, not after minutes of loading.
     selections = {task.name: select(task, chosen, folder) for task in wanted}
     how: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "device": device, "revision": revision}
-    how |= {"trust_remote_code": trust_remote_code, "engine": engine, "options": dict(engine_options or {})}
+    how |= {"trust_remote_code": trust_remote_code, "engine": engine, "base_url": base_url}
+    how |= {"options": dict(engine_options or {})}
     opened = _open(model, tokenizer, name, how, spread)
     try:
         with _stored(opened, cache_dir) as storing:
@@ -325,6 +328,11 @@ def _stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterato
 
     from evalkit.responses import Responses, StoredEngine, code
 
+    if opened.model.parts.get("weights", "").startswith("unknown"):
+        raise ValueError(
+            f"--cache-dir keeps replies by the model's weights, and those of {opened.model.name} are unknown: a server "
+            f"may put others under the same name. Leave it out; the run's own folder still goes on where it stopped"
+        )
     spread = ("batch_size", "workers", "ray")  # these change no reply
     session = {name: value for name, value in opened.session.items() if name not in spread}
     how = {"fingerprint": opened.model.fingerprint, "dtype": opened.model.dtype, **session}
@@ -357,6 +365,7 @@ def _score(
     from evalkit.progress import bars
     from evalkit.store import RunWriter
 
+    opened.check(settings)
     thinking = settings.thought_budget() is not None
     encoder = Encoder(opened.engine.tokenizer, chat=settings.chat, system=settings.system, thinking=thinking)
     writer = RunWriter(out, _manifest(opened, settings, wanted, selections))

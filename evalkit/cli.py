@@ -70,7 +70,10 @@ Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub mod
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
 ReportDir = Annotated[Path, typer.Option("--out", "-o", help="Folder for the report and the runs made on the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (transformers) or vllm.")]
+Engine = Annotated[
+    str, typer.Option("--engine", help="What runs the model: hf (transformers), vllm, or openai (a server).")
+]
+BaseURL = Annotated[str, typer.Option("--base-url", help="Server of --engine openai: http://HOST:PORT/v1.")]
 EngineOptions = Annotated[
     list[str] | None, typer.Option("--engine-option", help="Of the engine itself: KEY=VALUE, YAML's types; repeat.")
 ]
@@ -114,6 +117,7 @@ def _scoring_options(
     revision: Revision = None,
     trust_remote_code: Remote = False,
     engine: Engine = "hf",
+    base_url: BaseURL = "",
     engine_options: EngineOptions = None,
     cache_dir: CacheDir = None,
     workers: Workers = None,

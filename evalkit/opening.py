@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from evalkit.engines.base import Engine
+from evalkit.settings import Settings
 from evalkit.store import Model
 
-EngineName = Literal["hf", "vllm"]
+EngineName = Literal["hf", "vllm", "openai"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 
@@ -27,8 +28,14 @@ class Spec:
     device: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    base_url: str = ""
+    """Of the server that runs the model (engine openai)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the engine itself, passed through (tensor_parallel_size=2)."""
+
+
+def _any(settings: Settings) -> None:
+    """Every setting can be served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,8 @@ class Opened:
     """Of the packages behind the engine."""
     checkpoint: dict[str, Any] | None = None
     """evalkit.json of a distilled checkpoint."""
+    check: Callable[[Settings], None] = _any
+    """ValueError for settings that the engine can't serve, before anything is written."""
     close: Callable[[], None] = lambda: None
     """Gives back what outlives the object: servers, worker processes."""
     workers: int = 1
@@ -83,6 +92,8 @@ def open_spread(spec: Spec, spread: Spread) -> Opened:
 
     from evalkit.engines.pool import Pool
 
+    if spec.engine == "openai":
+        raise ValueError("engine 'openai' is one server's; ask more of it at once with --engine-option concurrency=32")
     if Path(spec.model).expanduser().exists():  # workers elsewhere start in another folder
         spec = replace(spec, name=spec.name or spec.model, model=str(Path(spec.model).expanduser().resolve()))
     opener = partial(open_engine, spec)
@@ -126,8 +137,16 @@ def open_engine(spec: Spec) -> Opened:
     """Load ``spec.model`` into its engine. ValueError says what is missing and what to do."""
     if spec.engine not in ENGINES:
         raise ValueError(f"unknown engine {spec.engine!r}: expected {', '.join(ENGINES)}")
+    if spec.engine == "openai":
+        from evalkit.open_served import open_served
+
+        return open_served(spec)
+    if spec.base_url:
+        raise ValueError(f"engine {spec.engine!r} runs the model here, not at --base-url; add --engine openai")
     if spec.engine == "vllm":
-        return _open_vllm(spec)
+        from evalkit.open_vllm import open_vllm
+
+        return open_vllm(spec)
     from dataclasses import replace
 
     from models.load import load
@@ -173,74 +192,4 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
         },
         versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
-    )
-
-
-def _open_vllm(spec: Spec) -> Opened:
-    """The model is loaded twice in turn: by transformers on the CPU, which tells what it is, then by vLLM. Of a
-    quantised one, which transformers may not run here, the files tell."""
-    from tempfile import TemporaryDirectory
-
-    from evalkit.engines.hf import HFEngine
-    from evalkit.engines.replies import eos_ids
-    from evalkit.engines.vllm import VLLMEngine, changes_model, need_vllm, start_llm, stop_llm
-    from models.fingerprint import changed
-    from models.load import is_delta, load, resolve
-    from models.unloaded import describe_packed
-
-    need_vllm()
-    how: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    source = resolve(spec.model)
-    loaded = None if is_delta(source) else describe_packed(spec.model, "run by vLLM", spec.dtype, **how)
-    loaded = loaded or load(spec.model, dtype=spec.dtype, device="cpu", **how)
-    tokenizer, eos = loaded.tokenizer, eos_ids(loaded.model, loaded.tokenizer)
-    window = HFEngine(loaded.model, tokenizer).max_length
-    own = changes_model(spec.options)
-    parts, identity = changed(loaded.parts, own) if own else (loaded.parts, loaded.identity)
-    scratch = TemporaryDirectory(prefix="evalkit-") if is_delta(source) else None
-    if scratch is not None:  # vLLM reads whole models only
-        source = scratch.name
-        loaded.model.save_pretrained(source)
-        tokenizer.save_pretrained(source)
-    model = Model(
-        name=spec.name or loaded.name,
-        fingerprint=identity,
-        parts=parts,
-        dtype=loaded.dtype,
-        parameters=loaded.parameters,
-        note=loaded.note,
-    )
-    checkpoint = loaded.checkpoint
-    del loaded  # vLLM's own copy comes next
-    try:
-        llm = start_llm(
-            source,
-            dtype=model.dtype,
-            window=window,
-            device=spec.device,
-            batch_size=spec.batch_size,
-            options=spec.options,
-            **how,
-        )
-    finally:
-        if scratch is not None:
-            scratch.cleanup()
-    import vllm
-    from vllm.platforms import current_platform
-
-    engine = VLLMEngine(llm, tokenizer, eos=eos, window=window)
-    device = str(current_platform.device_type)
-    return Opened(
-        engine=engine,
-        model=model.model_copy(update={"device": device}),
-        session={
-            "engine": "vllm",
-            "batch_size": engine.batch_size,
-            "head": engine.head_dtype,
-            "device": device,
-            "options": dict(spec.options),
-        },
-        versions={"vllm": vllm.__version__},
-        checkpoint=checkpoint,
-        close=lambda: stop_llm(llm),
     )

@@ -159,7 +159,8 @@ class Generated:
     text: str
     """The reply without the end-of-sequence token, the stop string, and what follows it."""
     tokens: tuple[int, ...]
-    """Every token generated, stop string included, end-of-sequence token excluded."""
+    """Every token generated, stop string included, end-of-sequence token excluded; -1 for one whose id a server keeps
+    to itself."""
     finish: Literal["eos", "stop", "length"]
     thought: str = ""
     """The thinking block that came before ``text``, without its tags."""

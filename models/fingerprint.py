@@ -41,6 +41,17 @@ def _identity(parts: dict[str, str]) -> str:
     return _short(json.dumps(parts, sort_keys=True).encode())
 
 
+def fingerprint_served(tokenizer: Any, generation: Any, weights: str) -> tuple[dict[str, str], str]:
+    """As ``fingerprint``, of a model whose weights nobody here can read. ``weights``: what is known of them."""
+    parts = {
+        "weights": weights,
+        "tokenizer": "the server's own" if tokenizer is None else _tokenizer(tokenizer),
+        "end_tokens": "the server's own" if tokenizer is None else _ends(generation, tokenizer),
+        "chat_template": _short(str(getattr(tokenizer, "chat_template", None) or "").encode()),
+    }
+    return parts, _short(json.dumps(parts, sort_keys=True).encode())
+
+
 def _short(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
