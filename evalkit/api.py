@@ -6,31 +6,22 @@ without torch.
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import importlib.metadata
-import logging
 import os
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evalkit.naming import data_folder, each, names_in_run, need_files, no_twins, tasks_of
+
 if TYPE_CHECKING:
-    from evalkit.encoding import Encoder
     from evalkit.opening import Opened, Spread
     from evalkit.progress import Progress
     from evalkit.registry import Task
-    from evalkit.requests import Plan
-    from evalkit.selection import Selection
     from evalkit.settings import Settings
-    from evalkit.store import Key, Manifest, Run, RunWriter
+    from evalkit.store import Run
     from reports.compare import Comparison
 
 DEFAULT_TASKS = ("quick", "arithmetic")
-LM_EVAL = "lm_eval:"
-"""Begins the name of every task that lm-eval defines."""
-logger = logging.getLogger("evalkit")
 
 
 def tasks() -> list[Task]:
@@ -84,12 +75,13 @@ def run(
     ValueError: what was asked can't be done; the message says what to change.
     """
     from evalkit.opening import Spread
+    from evalkit.running import score, stored
     from evalkit.selection import select
 
-    chosen = _settings(mode, settings)
+    chosen = settings_of(mode, settings)
     spread = Spread(workers=workers, ray=ray, ray_actors=ray_actors, ray_resources=ray_resources)
-    wanted = [task for one in _each(tasks) for task in tasks_of(one, chosen, include_path)]
-    _no_twins(wanted)
+    wanted = [task for one in each(tasks) for task in tasks_of(one, chosen, include_path)]
+    no_twins(wanted)
     folder = data_folder(data_dir)
     for task in wanted:
         chosen.views_of(task)
@@ -100,8 +92,8 @@ def run(
     how |= {"options": dict(engine_options or {})}
     opened = _open(model, tokenizer, name, how, spread)
     try:
-        with _stored(opened, cache_dir) as storing:
-            return _score(storing, wanted, selections, chosen, None if out is None else Path(out), progress)
+        with stored(opened, cache_dir) as storing:
+            return score(storing, wanted, selections, chosen, None if out is None else Path(out), progress)
     finally:
         opened.close()
 
@@ -142,7 +134,7 @@ def compare(
     chosen = None
     if tasks is not None:
         held = runs["teacher"].tasks
-        chosen = [name for task in _each(tasks) for name in _names_in_run(task, held, options.get("include_path"))]
+        chosen = [name for task in each(tasks) for name in names_in_run(task, held, options.get("include_path"))]
     comparison = Comparison(runs["teacher"], runs["student"], tasks=chosen)
     if folder is not None:
         comparison.save(folder)
@@ -163,52 +155,13 @@ def _as_scored(
                 f"{name} {options[name]!r} was asked for, but the run of {run_.manifest.model.name} was scored with "
                 f"{scored[name]!r}; leave it out, or score that model again"
             )
-    for task in _each(tasks or ()):
-        for name in _names_in_run(task, run_.tasks, options.get("include_path")):
+    for task in each(tasks or ()):
+        for name in names_in_run(task, run_.tasks, options.get("include_path")):
             if name not in run_.tasks:
                 raise ValueError(
                     f"task {name!r} is not in the run of {run_.manifest.model.name}; it has {', '.join(run_.tasks)}"
                 )
     return tasks or run_.tasks, {**options, **scored}
-
-
-def need_files(names: Iterable[str]) -> None:
-    """A run's own JSONL tasks can't be scored for another model by name alone; ValueError names the first."""
-    import tasks as registered  # noqa: F401
-    from evalkit.registry import TASKS
-
-    own = [name for name in names if name not in TASKS and not name.startswith(LM_EVAL)]
-    if own:
-        raise ValueError(
-            f"the run holds {own[0]!r}, which is no registered task; name its file: --tasks PATH/{own[0]}.jsonl"
-        )
-
-
-def _names_in_run(task: str, held: Sequence[str], include_path: str | os.PathLike[str] | None) -> list[str]:
-    """The names that a task has in a run: its own, that of its JSONL file, or those of lm-eval's tasks behind it."""
-    if _is_file(task):
-        from tasks.user import task_name
-
-        return [task_name(Path(task))]
-    if task.startswith(LM_EVAL) and task not in held:
-        from tasks.lm_eval_tasks import members
-
-        behind = members(task.removeprefix(LM_EVAL), _folder(include_path))
-        return [name for name in behind if name in held] or behind  # a group's refused members are in no run
-    return [task]
-
-
-def _folder(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
-
-
-def _is_file(task: str) -> bool:
-    return task.endswith((".jsonl", ".jsonl.gz"))
-
-
-def _each(tasks: Sequence[str] | str) -> Sequence[str]:
-    """One task may be given as its name alone."""
-    return [tasks] if isinstance(tasks, str) else tasks
 
 
 def load_run(path: Run | str | os.PathLike[str]) -> Run:
@@ -245,7 +198,7 @@ def is_run(value: Any) -> bool:
 # --- parts of a run ---------------------------------------------------------------------------------------------
 
 
-def _settings(mode: str, settings: Mapping[str, Any]) -> Settings:
+def settings_of(mode: str, settings: Mapping[str, Any]) -> Settings:
     from pydantic import ValidationError
 
     from evalkit.records import MODES
@@ -264,42 +217,6 @@ def _settings(mode: str, settings: Mapping[str, Any]) -> Settings:
     return chosen
 
 
-def data_folder(given: str | os.PathLike[str] | None) -> Path | None:
-    """``given``, or EVALKIT_DATA, or none; ValueError for a folder that is not there."""
-    named = given or os.environ.get("EVALKIT_DATA")
-    if not named:
-        return None
-    folder = Path(named)
-    if not folder.is_dir():
-        raise ValueError(f"the data folder {folder} does not exist (--data-dir, EVALKIT_DATA)")
-    return folder
-
-
-def tasks_of(name: str, settings: Settings, include_path: str | os.PathLike[str] | None = None) -> list[Task]:
-    """What ``name`` stands for: a registered task, the user's own by its file, or those of a group of lm-eval's."""
-    import tasks as registered  # noqa: F401
-    from evalkit.registry import get_task
-
-    if _is_file(name):
-        from tasks.user import user_task
-
-        return [user_task(Path(name))]
-    if name.startswith(LM_EVAL):
-        from tasks.lm_eval_tasks import lm_eval_tasks
-
-        return lm_eval_tasks(name.removeprefix(LM_EVAL), settings.modes, settings.shots, _folder(include_path))
-    return [get_task(name)]
-
-
-def _no_twins(wanted: Iterable[Task]) -> None:
-    names = [task.name for task in wanted]
-    twins = sorted({name for name in names if names.count(name) > 1})
-    if twins:
-        raise ValueError(f"two tasks are named {twins[0]!r}; give each once, and each JSONL file a name of its own")
-    if not names:
-        raise ValueError("no task was named; `evalkit tasks` shows all")
-
-
 def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any], spread: Spread) -> Opened:
     """The engine over ``model``; ``how``: the other fields of ``evalkit.opening.Spec``."""
     from evalkit.opening import Spec, open_engine, open_loaded, open_spread
@@ -316,150 +233,3 @@ def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any], spread:
     from models.load import describe
 
     return open_loaded(describe(model, tokenizer, name or type(model).__name__), how["batch_size"])
-
-
-@contextlib.contextmanager
-def _stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterator[Opened]:
-    """``opened`` with the response store of ``cache_dir`` before its engine."""
-    if cache_dir is None:
-        yield opened
-        return
-    from dataclasses import replace
-
-    from evalkit.responses import Responses, StoredEngine, code
-
-    if opened.model.parts.get("weights", "").startswith("unknown"):
-        raise ValueError(
-            f"--cache-dir keeps replies by the model's weights, and those of {opened.model.name} are unknown: a server "
-            f"may put others under the same name. Leave it out; the run's own folder still goes on where it stopped"
-        )
-    spread = ("batch_size", "workers", "ray")  # these change no reply
-    session = {name: value for name, value in opened.session.items() if name not in spread}
-    how = {"fingerprint": opened.model.fingerprint, "dtype": opened.model.dtype, **session}
-    responses = Responses(Path(cache_dir), {**how, "versions": _versions(opened), "code": code()}, opened.model.name)
-    try:
-        yield replace(opened, engine=StoredEngine(opened.engine, responses))
-    finally:
-        responses.close()
-    logger.info("%d replies taken from %s, %d added", responses.hits, responses.path, responses.misses)
-
-
-def _versions(opened: Opened) -> dict[str, str]:
-    from evalkit import __version__
-
-    # Ours by its constant: a checkout that is not installed has no metadata.
-    libraries = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    return {"evalkit": __version__, **libraries, **opened.versions}
-
-
-def _score(
-    opened: Opened,
-    wanted: Sequence[Task],
-    selections: Mapping[str, Selection],
-    settings: Settings,
-    out: Path | None,
-    progress: Progress | bool,
-) -> Run:
-    """Score what ``out`` does not hold yet."""
-    from evalkit.encoding import Encoder
-    from evalkit.progress import bars
-    from evalkit.store import RunWriter
-
-    opened.check(settings)
-    thinking = settings.thought_budget() is not None
-    encoder = Encoder(opened.engine.tokenizer, chat=settings.chat, system=settings.system, thinking=thinking)
-    writer = RunWriter(out, _manifest(opened, settings, wanted, selections))
-    for line in writer.damaged:
-        logger.warning("%s; it is scored again", line)
-    keys: list[Key] = []
-    try:
-        with bars(progress, opened.model.name) as report:
-            for task in wanted:
-                keys += _score_task(task, selections[task.name], opened, encoder, settings, writer, report)
-        return writer.finish(keys)
-    finally:
-        writer.close()
-
-
-def _manifest(
-    opened: Opened, settings: Settings, wanted: Sequence[Task], selections: Mapping[str, Selection]
-) -> Manifest:
-    from evalkit.records import TaskEntry
-    from evalkit.store import Manifest
-    from evalkit.views import ask
-
-    entries = []
-    for task in wanted:
-        ll_view, gen_view = settings.views_of(task)
-        entries.append(
-            TaskEntry(
-                name=task.name,
-                version=task.version,
-                loglikelihood=ll_view,
-                generation=gen_view,
-                normalisation=settings.normalisation or task.normalisation,
-                shots=task.shots if settings.shots is None else settings.shots,
-                n=len(selections[task.name].items),
-                strata=task.strata,
-                listed=ask(gen_view, task, selections[task.name].items[0]).listed,
-            )
-        )
-    versions = _versions(opened)
-    return Manifest(
-        model=opened.model,
-        settings=settings,
-        tasks=tuple(entries),
-        versions=versions,
-        sessions=(
-            {
-                "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                **opened.session,
-                "versions": versions,
-                "git_revision": _git_revision(),
-            },
-        ),
-        checkpoint=opened.checkpoint,
-    )
-
-
-def _score_task(
-    task: Task,
-    selection: Selection,
-    opened: Opened,
-    encoder: Encoder,
-    settings: Settings,
-    writer: RunWriter,
-    report: Progress,
-) -> list[Key]:
-    """Score what the writer does not hold yet; the keys of all records of ``task`` that belong to the run."""
-    from evalkit.evaluate import evaluate
-    from evalkit.requests import plan
-
-    keys: list[Key] = []
-
-    def missing() -> Iterator[Plan]:
-        for item in selection.items:
-            planned = plan(task, item, selection.examples(item), encoder, settings, opened.engine.max_length)
-            keys.append((task.name, task.version, item.id, planned.prompt_sha256))
-            kept = writer.kept.get(keys[-1])
-            if kept is None or kept.gold != item.gold:  # the gold answer was corrected since
-                yield planned
-
-    total = len(selection.items)
-    report(task.name, 0, total)
-    before = sum(key[0] == task.name for key in writer.kept)
-    records = evaluate(task, missing(), opened.engine, settings, opened.workers)
-    for scored, record in enumerate(records, 1):
-        writer.append(record)
-        report(task.name, min(total, before + scored), total)
-    report(task.name, total, total)
-    return keys
-
-
-def _git_revision() -> str:
-    """Of the folder the command runs in; empty where that is no checkout or git is missing."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout.strip() if found.returncode == 0 else ""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evalkit.api import is_run, load_run, need_files, run
+from evalkit.api import is_run, load_run, run
+from evalkit.naming import need_files
 
 if TYPE_CHECKING:
     from evalkit.engines.hf import HFEngine
@@ -69,7 +70,7 @@ def rescore(
     """
     from typing import get_args
 
-    from evalkit.api import data_folder, tasks_of
+    from evalkit.naming import data_folder, tasks_of
     from evalkit.records import Normalisation, Rules
     from evalkit.rescore import renormalise, reread
     from evalkit.selection import select

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from evalkit import api
 from evalkit.engines.local import Process
+from evalkit.naming import tasks_of
 from evalkit.opening import Spec, Spread
 from evalkit.progress import Progress
 from evalkit.registry import Task
@@ -119,7 +120,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any]) -> list[Job]:
 
 def _tasks(job: Job) -> list[Task]:
     settings, others = _settings(job.options)
-    return [one for name in job.tasks for one in api.tasks_of(name, settings, others.get("include_path"))]
+    return [one for name in job.tasks for one in tasks_of(name, settings, others.get("include_path"))]
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -298,7 +299,7 @@ def _settings(options: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
     """(what is scored, the other options)."""
     chosen = {name: value for name, value in options.items() if name in Settings.model_fields}
     rest = {name: value for name, value in options.items() if name not in chosen}
-    return api._settings(rest.pop("mode", "both"), chosen), rest
+    return api.settings_of(rest.pop("mode", "both"), chosen), rest
 
 
 def _told(error: ValidationError) -> str:

@@ -24,7 +24,9 @@ COMMANDS = {
     "commands",
 }
 OPENING = {"opening", "open_served", "open_vllm"}
-EVERYTHING = {f"evalkit/{name}.py" for name in {"api", "api_reports", "sweep"} | OPENING | COMMANDS}
+EVERYTHING = {
+    f"evalkit/{name}.py" for name in {"api", "api_reports", "naming", "running", "sweep"} | OPENING | COMMANDS
+}
 """These may import every folder, inside functions."""
 ONLY_FOR_TESTS = {name.removesuffix(".py").replace("/", ".") for name in EVERYTHING}
 
@@ -51,7 +53,8 @@ def test_inside_evalkit_imports_run_one_way() -> None:
         {"registry", "settings", "views", "markers", "numerals", "options", "yaml12"},
         {"encoding", "extract", "requests", "engines", "scoring", "selection", "stats"},
         {"evaluate", "store", "progress", "bridge", "forced"},
-        {"rescore", "responses", *OPENING},
+        {"rescore", "responses", "naming", *OPENING},
+        {"running"},
         {"api", "api_reports", "sweep", "__init__", "__main__", *COMMANDS},
     ]
     rank = {name: at for at, names in enumerate(ranks) for name in names}
