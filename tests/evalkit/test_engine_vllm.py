@@ -16,6 +16,7 @@ from evalkit.engines.thinking import ThinkingEngine
 from evalkit.opening import Opened, Spec, open_engine
 from evalkit.records import Generated, Generation, Reply, Request, Thought
 from models.fingerprint import changed
+from models.quantise import quantise
 from tests.evalkit.test_engine_hf import byte_ids, mixed_requests
 from tests.oracles import assert_same_replies
 from tests.tiny import chain_llama, tiny_qwen3, tiny_tokenizer
@@ -288,6 +289,34 @@ def test_the_built_in_model_scores_and_says_what_it_does_with_transformers(
     assert sums > 100 and worst <= TOLERANCE
     comparison = evalkit.compare(tmp_path / "hf", tmp_path / "vllm")
     assert comparison.teacher.manifest.model.fingerprint == comparison.student.manifest.model.fingerprint
+
+
+@pytest.mark.slow
+def test_a_quantised_folder_runs_in_vllms_kernels_and_its_fingerprint_says_so(
+    vllm: None, smollm2: str, tmp_path: Path
+) -> None:
+    """The int4 kernel computes in bfloat16, unpacked weights in float32: scores differ by rounding, choices seldom."""
+    quantise(smollm2, tmp_path / "int4", "int4")
+    how: dict[str, Any] = {"limit": 12, "mode": "loglikelihood", "device": "cpu"}
+    one = evalkit.run(tmp_path / "int4", "quick", dtype="float32", **how)
+    other = evalkit.run(tmp_path / "int4", "quick", engine="vllm", engine_options={"enforce_eager": True}, **how)
+    models = [run.manifest.model for run in (one, other)]
+    assert models[0].fingerprint != models[1].fingerprint and models[0].parameters == models[1].parameters
+    assert models[0].parts["tokenizer"] == models[1].parts["tokenizer"]
+    assert '"kernel": "run by vLLM"' in models[1].parts["quantisation"] and "run by vLLM" in models[1].note
+    same, gaps = 0, []
+    for item, record in one.records("quick").items():
+        [a], [b] = record.outcomes, other.records("quick")[item].outcomes
+        same += a.choice == b.choice
+        gaps += [abs(x - y) / max(1.0, abs(x)) for x, y in zip(a.logprobs, b.logprobs, strict=True)]
+    print(f"{len(gaps)} sums, largest relative difference {max(gaps):.1e}")
+    assert same >= 11 and max(gaps) < 0.1
+
+
+def test_a_gguf_file_is_refused_in_one_line(vllm: None, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match="model.gguf is a GGUF file, which can't be run by vLLM here"):
+        open_engine(Spec(model=str(tmp_path / "model.gguf"), engine="vllm"))
 
 
 def test_without_vllm_one_line_names_the_extra(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
