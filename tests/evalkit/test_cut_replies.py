@@ -2,7 +2,7 @@
 
 import pytest
 
-from evalkit.engines.hf import _first_stop
+from evalkit.engines.replies import first_stop
 from evalkit.records import Generated, Item
 from evalkit.registry import Task
 from evalkit.scoring import score_generation
@@ -60,4 +60,4 @@ def test_only_what_a_cut_cannot_have_changed_counts(
     ],
 )
 def test_no_stop_string_counts_inside_a_thinking_block(text: str, stops: tuple[str, ...], at: int | None) -> None:
-    assert _first_stop(text, stops) == at
+    assert first_stop(text, stops) == at

@@ -1,0 +1,55 @@
+"""What every engine makes of generated tokens: where a reply ends, and its text. No model is needed."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from evalkit.encoding import CLOSE, OPEN, Tokenizer
+from evalkit.records import Generated, Generation
+
+
+def cut_reply(tokenizer: Tokenizer, tokens: list[int], generation: Generation, eos: frozenset[int]) -> Generated:
+    """Cut one row of generated tokens at its own end: EOS, stop string or length, whichever came first."""
+    finish: Literal["eos", "stop", "length"] = "length"
+    tokens = tokens[: generation.max_tokens]
+    end = next((at for at, token in enumerate(tokens) if token in eos), None)
+    if end is not None:
+        tokens, finish = tokens[:end], "eos"
+    text = decode(tokenizer, tokens, generation.stops)
+    cut = first_stop(text, generation.stops)
+    if cut is not None:
+        tokens, text, finish = _until(tokenizer, tokens, generation.stops), text[:cut], "stop"
+    return Generated(text=text, tokens=tuple(tokens), finish=finish)
+
+
+def _until(tokenizer: Tokenizer, tokens: list[int], stops: tuple[str, ...]) -> list[int]:
+    """The shortest run of ``tokens`` with a whole stop string: the row stopped there, whatever its batch did."""
+    low, high = 1, len(tokens)
+    while low < high:
+        middle = (low + high) // 2
+        text = decode(tokenizer, tokens[:middle], stops)
+        low, high = (low, middle) if first_stop(text, stops) is not None else (middle + 1, high)
+    return tokens[:low]
+
+
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], stops: Sequence[str]) -> str:
+    """Special tokens are left out, but while a thought is awaited: its closing tag may be one of them."""
+    skip = CLOSE not in stops
+    return tokenizer.decode(tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins. None stands inside a thinking block, unless the block's end is the stop."""
+    start = 0
+    if text.lstrip().startswith(OPEN) and CLOSE not in stops:
+        start = text.find(CLOSE)
+        if start < 0:
+            return None
+    found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
+    return min(found, default=None)
+
+
+def eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
+    """Every token that ends a turn: what the generation config names, and the tokenizer's own."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = set(named if isinstance(named, (list, tuple)) else [named])
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)
