@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from evalkit.encoding import Encoder
     from evalkit.engines.base import Engine
     from evalkit.opening import Opened
-    from evalkit.progress import Progress
+    from evalkit.progress import Progress, Wanted
     from evalkit.registry import Task
     from evalkit.requests import Plan
     from evalkit.selection import Selection
@@ -55,7 +55,7 @@ def run(
     trust_remote_code: bool = False,
     engine: str = "hf",
     engine_options: Mapping[str, Any] | None = None,
-    progress: Progress | bool = False,
+    progress: Wanted = False,
     **settings: Any,
 ) -> Run:
     """Score ``model`` on ``tasks`` in both modes.
@@ -65,6 +65,7 @@ def run(
     out: the run's folder; a run that was cut off goes on there. None: in memory only.
     data_dir: folder with offline benchmark items (default: EVALKIT_DATA; neither: the Hugging Face hub).
     mode: "both", "loglikelihood" or "generation".
+    progress: lines on standard error (True), JSON lines there ("json"), or your own (task, done, total) function.
     engine: what runs the model (``evalkit.opening.ENGINES``), with ``engine_options`` passed through to it.
     settings: any field of ``evalkit.settings.Settings`` (view, shots, chat, limit, ...).
     ValueError: what was asked can't be done; the message says what to change.
@@ -257,11 +258,12 @@ def _score(
     selections: Mapping[str, Selection],
     settings: Settings,
     out: Path | None,
-    progress: Progress | bool,
+    progress: Wanted,
 ) -> Run:
     """Score what ``out`` does not hold yet."""
     from evalkit.encoding import Encoder
     from evalkit.progress import bars
+    from evalkit.records import GENERATION, LOGLIKELIHOOD
     from evalkit.store import RunWriter
 
     thinking = settings.thought_budget() is not None
@@ -271,12 +273,18 @@ def _score(
         logger.warning("%s; it is scored again", line)
     keys: list[Key] = []
     try:
-        with bars(progress, opened.model.name) as report:
+        mode = "+".join({LOGLIKELIHOOD: "LL", GENERATION: "GEN"}[one] for one in settings.modes)
+        with bars(progress, opened.model.name, mode=mode, figures=lambda: _tokens(opened.profile())) as report:
             for task in wanted:
                 keys += _score_task(task, selections[task.name], opened.engine, encoder, settings, writer, report)
-        return writer.finish(keys)
+        return writer.finish(keys, opened.profile())
     finally:
         writer.close()
+
+
+def _tokens(profile: Mapping[str, Any]) -> tuple[int, int]:
+    """(run, found in caches)"""
+    return sum(phase["tokens"] for phase in profile.get("phases", {}).values()), profile.get("tokens_cached", 0)
 
 
 def _manifest(

@@ -71,6 +71,7 @@ Engine = Annotated[str, typer.Option("--engine", help="What runs the model: hf (
 EngineOptions = Annotated[
     list[str] | None, typer.Option("--engine-option", help="Of the engine itself: KEY=VALUE, YAML's types; repeat.")
 ]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Progress as JSON lines on standard error.")]
 
 console = Console(markup=False)
 
@@ -99,8 +100,9 @@ def _scoring_options(
     trust_remote_code: Remote = False,
     engine: Engine = "hf",
     engine_options: EngineOptions = None,
+    log_json: LogJson = False,
 ) -> None:
-    """The options of every command that scores a model, with the API's names."""
+    """The options of every command that scores a model, with the API's names (``log_json``: its progress)."""
 
 
 def scores(command: Callable[..., None]) -> Callable[..., None]:
@@ -116,7 +118,7 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
             values["tasks"] = [name for name in values["tasks"].split(",") if name]
         if "engine_options" in values:
             values["engine_options"] = _key_values(values["engine_options"])
-        command(**values, progress=True)
+        command(**values, progress="json" if values.pop("log_json", False) else True)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = list(inspect.signature(_scoring_options).parameters.values())

@@ -43,6 +43,8 @@ class Opened:
     """Of the packages behind the engine."""
     checkpoint: dict[str, Any] | None = None
     """evalkit.json of a distilled checkpoint."""
+    profile: Callable[[], Mapping[str, Any]] = dict
+    """Where time and tokens went so far, for run.json and the progress line."""
     close: Callable[[], None] = lambda: None
     """Gives back what outlives the object: servers, worker processes."""
 
@@ -90,4 +92,5 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             "device": loaded.device,
         },
         checkpoint=loaded.checkpoint,
+        profile=engine.profile.row,
     )

@@ -196,7 +196,7 @@ class Decoder:
             return CACHE
         device = self.forward.device
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+        return int(torch.cuda.mem_get_info(device)[0] + unused) // 2
 
     def _pass(self, used: int) -> Tensor:
         """Logits [used, vocabulary] of the first ``used`` slots; reads and writes the same memory each time."""

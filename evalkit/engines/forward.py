@@ -54,16 +54,16 @@ class Forward:
             if self._keeps_logits:
                 inputs["logits_to_keep"] = 1
             with self.float32_head():
-                return self.model(**inputs).logits[:, -1].float()  # type: ignore[no-any-return]
+                return self.model(**inputs).logits[:, -1].float()
         rows, columns = (torch.tensor(list(one), dtype=torch.long, device=self.device) for one in picks)
         if _plain_linear(self._output_head()):
             with self.float32_head((rows, columns)):
-                return self.model(**inputs).logits[0].float()  # type: ignore[no-any-return]
+                return self.model(**inputs).logits[0].float()
         if self._keeps_logits:
             kept, columns = columns.unique(return_inverse=True)
             inputs["logits_to_keep"] = kept
         logits = self.model(**inputs).logits
-        return logits[rows.to(logits.device), columns.to(logits.device)].float()  # type: ignore[no-any-return]
+        return logits[rows.to(logits.device), columns.to(logits.device)].float()
 
     def _output_head(self) -> Any:
         return self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None

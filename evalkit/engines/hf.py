@@ -33,8 +33,8 @@ PASS_TOKENS = {"cpu": 512, "cuda": 4096}
 PASS_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of a prefill pass: 64 MiB, 1 GiB."""
 NEAR, NEAR_HALF = 1e-2, 0.3
-"""How far two layouts' log-probabilities may be apart on average (nats): in float32 (with TF32 on a GPU), and in what is
-rounded more coarsely. A wrong mask, position or state moves them by more."""
+"""How far two layouts' log-probabilities may be apart on average (nats): in float32 (with TF32 on a GPU), and in
+what is rounded more coarsely. A wrong mask, position or state moves them by more."""
 
 
 class HFEngine:
@@ -132,7 +132,7 @@ class HFEngine:
     # --- how the model is run ---
 
     def _choose_layout(self) -> None:
-        """"tree", else "rows", else "plain": the first that says on a few tokens what plain passes say."""
+        """ "tree", else "rows", else "plain": the first that says on a few tokens what plain passes say."""
         if self.profile.path:
             return
         self.profile.path, why = "plain", ""
@@ -223,7 +223,8 @@ class HFEngine:
         """Prompts are run a few at a time: a quarter of the slots must be free, unless nothing else is left to do."""
         if not self._decoder.rows or not job.generations:
             return True
-        return self._decoder.room(job.need) >= max(1, self._decoder.most // 4)
+        most = self._decoder.most
+        return self._decoder.room(job.need) >= max(1, most // 4, min(most, len(job.generations)))
 
     def _run(self, batch: Sequence[Job], prefix: tuple[int, ...]) -> list[Job]:
         """Jobs of the batch that have something new to tell; the others' replies have only begun."""

@@ -57,6 +57,8 @@ class Prefill:
         self._prefix, self._prefix_cache = (), None
 
     def _shared(self, prefix: Tokens) -> Any:
+        if not prefix:
+            return None
         if prefix != self._prefix:
             self.forget()
             cache = new_cache(self.forward)
@@ -95,7 +97,12 @@ class Prefill:
                 positions=self._tensor([tree.depths]) + shared,
                 cache=cache,
             )
-            found = [dict(zip(asked, row, strict=True)) for asked, row in zip(picks.values(), logprobs(logits, [list(asked) for asked in picks.values()]), strict=True)]
+            found = [
+                dict(zip(asked, row, strict=True))
+                for asked, row in zip(
+                    picks.values(), logprobs(logits, [list(asked) for asked in picks.values()]), strict=True
+                )
+            ]
         for job, tail, nodes in texts:
             job.scores[tail] = tuple(found[place[node]][token] for node, token in zip(nodes, tail, strict=True))
         return [
@@ -139,7 +146,9 @@ class Prefill:
                 cache=cache,
             )
             firsts = [sorted({tail[0] for tail in job.continuations if tail}) for job in jobs]
-            first = [dict(zip(asked, row, strict=True)) for asked, row in zip(firsts, logprobs(ends, firsts), strict=True)]
+            first = [
+                dict(zip(asked, row, strict=True)) for asked, row in zip(firsts, logprobs(ends, firsts), strict=True)
+            ]
         longer: list[tuple[int, Tokens]] = []
         for r, job in enumerate(jobs):
             for tail in job.continuations:

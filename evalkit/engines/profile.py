@@ -1,7 +1,7 @@
 """Where an engine's time and tokens went."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Profile:
     """"tree", "rows" or "plain" (``evalkit.engines.hf``)."""
     why: str = ""
     """Why it is not "tree"."""
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     tokens: Counter[str] = field(default_factory=Counter)
     """Run, padding left out."""
     passes: Counter[str] = field(default_factory=Counter)
@@ -63,9 +63,7 @@ class Profile:
             "prompts": self.prompts,
             "tokens_asked": dict(self.asked),
             "tokens_cached": self.cached,
-            "phases": {
-                name: {"seconds": round(self.seconds[name], 3), "tokens": self.tokens[name]} for name in phases
-            },
+            "phases": {name: {"seconds": round(self.seconds[name], 3), "tokens": self.tokens[name]} for name in phases},
             "passes": dict(self.passes),
             "largest_batch": dict(self.largest),
             "out_of_memory_halvings": self.halvings,

@@ -40,12 +40,16 @@ class Job:
 
     def halves(self) -> "list[Job]":
         """The same work in two parts that can be done one after the other; itself where it is one row."""
-        for name in ("continuations", "generations"):
-            asked = getattr(self, name)
-            if len(asked) > 1 or (asked and name == "continuations" and self.generations):
-                parts = (asked[: len(asked) // 2], asked[len(asked) // 2 :])
-                other = [{"generations": []}, {}] if name == "continuations" else [{"continuations": []}, {}]
-                return [replace(self, **{name: part, **left}) for part, left in zip(parts, other, strict=True)]
+        tails, replies = self.continuations, self.generations
+        if len(tails) > 1 or (tails and replies):
+            half = len(tails) // 2
+            return [
+                replace(self, continuations=tails[:half]),
+                replace(self, continuations=tails[half:], generations=[]),
+            ]
+        if len(replies) > 1:
+            half = len(replies) // 2
+            return [replace(self, generations=replies[:half]), replace(self, generations=replies[half:])]
         return [self]
 
 
@@ -73,10 +77,10 @@ def jobs_of(requests: Sequence[Request]) -> list[Job]:
 
 
 def groups_of(jobs: Iterable[Job], worth: int = WORTH) -> list[Group]:
-    """The division of ``jobs`` that saves the most tokens when each group's common prefix is run once.
+    """``jobs`` divided so that running each group's common prefix once saves many tokens.
 
-    In lexical order prompts that begin alike stand side by side, so groups are intervals. Any interval is either one
-    group or divided where neighbours share the least (the tree of common prefixes), whichever saves more. Groups, and
+    In lexical order prompts that begin alike stand side by side, so groups are intervals. An interval is either one
+    group or cut wherever neighbours share the least (the tree of common prefixes), whichever saves more. Groups, and
     the jobs in each, come longest first.
     """
     order = sorted(jobs, key=lambda job: job.prompt)
@@ -166,8 +170,12 @@ class Queue:
         return self._jobs[0][1]
 
     def take(self, room: int) -> tuple[Tokens, list[Job]]:
-        """(common prefix, jobs) of the next batch, which generates at most ``room`` replies; a job at least."""
+        """(common prefix, jobs) of the next batch, which generates at most ``room`` replies; a job at least, or the part
+        of it for which there is room."""
         prefix, first = self._jobs.popleft()
+        while len(first.generations) > room and len(halves := first.halves()) > 1:
+            first = halves[0]
+            self._jobs.extendleft((prefix, half) for half in reversed(halves[1:]))
         batch, replies, tokens, logits = [first], len(first.generations), 0, 0
         tokens += len(first.prompt) - len(prefix) + first.tail_tokens
         logits += 1 + first.tail_tokens

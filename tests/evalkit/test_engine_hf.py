@@ -1,6 +1,7 @@
 """The transformers engine against plain forward passes and transformers' own ``generate``."""
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -350,6 +351,7 @@ def test_max_length_is_the_models_window(tokenizer: Any) -> None:
 class OutOfMemory(LlamaForCausalLM):
     """Has no memory for token 99."""
 
+    @functools.wraps(LlamaForCausalLM.forward)
     def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         if (input_ids == 99).any():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -362,12 +364,13 @@ def test_out_of_memory_at_one_row_says_so_and_keeps_what_is_done(tokenizer: Any,
     own = model.generation_config
     requests = [Request(prompt=(0, 5, 7, 8, 9)[: 5 - i], continuations=((6,),)) for i in range(4)]
     requests.append(Request(prompt=(99,), continuations=((6,),)))
+    engine = HFEngine(model, tokenizer, batch_size=3, layout=layout)
     done = []
     with pytest.raises(ValueError, match="out of memory on cpu with a single row; use fewer --shots") as error:
-        for index, reply in HFEngine(model, tokenizer, batch_size=3, layout=layout).answer(requests):
+        for index, reply in engine.answer(requests):
             done.append(index)
             assert math.isfinite(reply.logprobs[0][0])
-    assert sorted(done) == [0, 1, 2, 3]
+    assert sorted(done) == [0, 1, 2, 3] and engine.profile.path == layout
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     assert model.training and model.generation_config is own
 
