@@ -26,7 +26,7 @@ logger = logging.getLogger("evalkit")
 
 FIRST = 8
 """A thinking block that the model opens itself stands within its first tokens."""
-ROUND = 64
+ROUND = 16
 """Slots have a multiple of this many columns."""
 CACHE = 2**28
 """Bytes of all slots where memory can't be asked for: a CPU is kept busy by the rows that they hold."""

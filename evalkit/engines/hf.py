@@ -28,8 +28,9 @@ logger = logging.getLogger("evalkit")
 
 Layout = Literal["tree", "rows", "plain"]
 
-PASS_TOKENS = {"cpu": 512, "cuda": 4096}
-"""Tokens of a prefill pass: more keep no unit busier, and a tree's mask grows with their square."""
+PASS_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Tokens of a prefill pass: more keep no unit busier (512 on a CPU are no faster and take twice the memory), and a
+tree's mask grows with their square."""
 PASS_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Logits of a prefill pass: 64 MiB, 1 GiB."""
 NEAR, NEAR_HALF = 1e-2, 0.3

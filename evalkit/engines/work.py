@@ -170,8 +170,8 @@ class Queue:
         return self._jobs[0][1]
 
     def take(self, room: int) -> tuple[Tokens, list[Job]]:
-        """(common prefix, jobs) of the next batch, which generates at most ``room`` replies; a job at least, or the part
-        of it for which there is room."""
+        """(common prefix, jobs) of the next batch, which generates at most ``room`` replies: at least a job, or that
+        part of it for which there is room."""
         prefix, first = self._jobs.popleft()
         while len(first.generations) > room and len(halves := first.halves()) > 1:
             first = halves[0]
