@@ -118,7 +118,8 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
             values["tasks"] = [name for name in values["tasks"].split(",") if name]
         if "engine_options" in values:
             values["engine_options"] = _key_values(values["engine_options"])
-        command(**values, progress="json" if values.pop("log_json", False) else True)
+        progress = "json" if values.pop("log_json", False) else True
+        command(**values, progress=progress)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = list(inspect.signature(_scoring_options).parameters.values())

@@ -120,12 +120,11 @@ def test_a_sliding_window_is_run_without_our_cache_and_says_so(caplog: pytest.Lo
     assert "every text is run by itself, without a cache" in caplog.text
 
 
-class Forgets(LlamaForCausalLM):
-    """Takes a cache and does not read it."""
+class Deaf(LlamaForCausalLM):
+    """Takes a mask and does not read it."""
 
     @functools.wraps(LlamaForCausalLM.forward)
-    def forward(self, input_ids: torch.Tensor, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        kwargs["use_cache"] = False
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         return super().forward(input_ids, **kwargs)
 
 
@@ -139,7 +138,7 @@ class Trips(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
 
-@pytest.mark.parametrize(("kind", "path"), [(Forgets, "plain"), (Trips, "rows")])
+@pytest.mark.parametrize(("kind", "path"), [(Deaf, "plain"), (Trips, "rows")])
 def test_what_a_model_makes_of_a_cache_is_tried_before_it_is_trusted(kind: Any, path: str) -> None:
     plain = tiny_llama(VOCABULARY)
     model = kind(plain.config).eval()
@@ -148,7 +147,7 @@ def test_what_a_model_makes_of_a_cache_is_tried_before_it_is_trusted(kind: Any, 
     engine = HFEngine(model, TOKENIZER, batch_size=4)
     assert_same_replies(requests, replies(NaiveEngine(plain, TOKENIZER), requests), replies(engine, requests))
     assert engine.profile.path == path
-    assert ("scores differ by" if kind is Forgets else "TypeError: mask of an unknown shape") in engine.profile.why
+    assert ("scores differ by" if kind is Deaf else "TypeError: mask of an unknown shape") in engine.profile.why
 
 
 def test_an_empty_continuation_has_no_log_probabilities(models: dict[str, Any]) -> None:
