@@ -171,6 +171,13 @@ class Decoder:
                 self.rows.pop()
         return done
 
+    def rest(self) -> None:
+        """Nothing is left to do, or the work was broken off. On a CUDA GPU slots stay, with the graphs over them."""
+        if self.forward.device.type == "cuda":
+            self.rows = []
+        else:
+            self.clear()
+
     def clear(self) -> None:
         """Give all memory back."""
         self.rows, self.slots, self._step = [], None, self._pass

@@ -21,7 +21,7 @@ from evalkit.engines.plain import Plain
 from evalkit.engines.prefill import Prefill
 from evalkit.engines.profile import TIE, Profile
 from evalkit.engines.replies import eos_ids
-from evalkit.engines.work import Job, Limits, Queue, jobs_of
+from evalkit.engines.work import Job, Limits, Queue, Tokens, jobs_of
 from evalkit.records import Generation, Reply, Request
 
 logger = logging.getLogger("evalkit")
@@ -134,9 +134,9 @@ class HFEngine:
 
     def _choose_layout(self) -> None:
         """ "tree", else "rows", else "plain": the first that says on a few tokens what plain passes say."""
-        if self.profile.path:
+        if self.profile.layout:
             return
-        self.profile.path, why = "plain", ""
+        self.profile.layout, why = "plain", ""
         for layout in self._layouts:
             if layout == "plain":
                 break
@@ -147,12 +147,12 @@ class HFEngine:
             except Exception as error:  # whatever the model's own code makes of a cache or a mask that it doesn't know
                 wrong = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             if not wrong:
-                self.profile.path = layout
+                self.profile.layout = layout
                 self._prefill = Prefill(self._forward, self.profile, layout)
                 break
             why = f"{layout}: {wrong}"
         self.profile.why = why
-        if self.profile.path == "plain" and why:
+        if self.profile.layout == "plain" and why:
             logger.warning("every text is run by itself, without a cache: %s", why)
 
     def _trial(self, layout: Literal["tree", "rows"]) -> str:
@@ -200,8 +200,9 @@ class HFEngine:
         )
         try:
             while queue or decoder.rows:
-                failed: torch.OutOfMemoryError | None = None
+                prefix: Tokens = ()
                 batch: list[Job] = []
+                failed: torch.OutOfMemoryError | None = None
                 try:
                     with torch.inference_mode():
                         if queue and self._may_enter(queue.next):
@@ -212,11 +213,11 @@ class HFEngine:
                 except torch.OutOfMemoryError as error:
                     failed = error
                 if failed is not None:  # outside of the handler, whose traceback holds what the pass had allocated
-                    self._halve(queue, batch, failed.with_traceback(None))
+                    self._halve(queue, batch, prefix, failed.with_traceback(None))
                     continue
                 yield from done
         finally:
-            decoder.clear()
+            decoder.rest()
             if prefill is not None:
                 prefill.forget()
 
@@ -227,7 +228,7 @@ class HFEngine:
         most = self._decoder.most
         return self._decoder.room(job.need) >= max(1, most // 4, min(most, len(job.generations)))
 
-    def _run(self, batch: Sequence[Job], prefix: tuple[int, ...]) -> list[Job]:
+    def _run(self, batch: Sequence[Job], prefix: Tokens) -> list[Job]:
         """Jobs of the batch that have something new to tell; the others' replies have only begun."""
         if self._prefill is None:
             self._plain(batch, self._limits.rows)
@@ -235,7 +236,7 @@ class HFEngine:
         begun = self._prefill(batch, prefix)
         return [*batch, *(row.job for row in self._decoder.enter(begun))]
 
-    def _halve(self, queue: Queue, batch: Sequence[Job], error: torch.OutOfMemoryError) -> None:
+    def _halve(self, queue: Queue, batch: Sequence[Job], prefix: Tokens, error: torch.OutOfMemoryError) -> None:
         """Memory ran out, in a prefill of ``batch`` or (no batch) in a decode step: go on with half of the rows."""
         decoder, limits = self._decoder, self._limits
         self.profile.halvings += 1
@@ -244,15 +245,16 @@ class HFEngine:
         rows = len(decoder.rows)
         if len(batch) > 1:
             limits.rows = (len(batch) + 1) // 2
-            queue.put_back(batch)
+            queue.put_back(batch, prefix)
         elif batch and limits.rows > 1 and self._prefill is None:
             limits.rows //= 2  # a job's texts are rows of their own
-            queue.put_back(batch)
+            queue.put_back(batch, prefix)
         elif batch and len(halves := batch[0].halves()) > 1:
-            queue.put_back(halves)
+            queue.put_back(halves, prefix)
         elif batch and (rows or (decoder.limit > 1 and batch[0].generations)):
             decoder.limit = max(1, decoder.limit // 2)
-            queue.put_back([*batch, *decoder.evict()])
+            queue.put_back(decoder.evict())
+            queue.put_back(batch, prefix)
         elif rows > 1:
             decoder.limit = rows // 2
             queue.put_back(decoder.evict())

@@ -15,7 +15,7 @@ TIE = 1e-5
 class Profile:
     """Counts since the engine was made. Phases: prefill (prompts), choices (continuations), decode (replies)."""
 
-    path: str = ""
+    layout: str = ""
     """"tree", "rows" or "plain" (``evalkit.engines.hf``)."""
     why: str = ""
     """Why it is not "tree"."""
@@ -57,7 +57,7 @@ class Profile:
         """For run.json."""
         phases = [name for name in ("prefill", "choices", "decode") if name in self.tokens]
         return {
-            "path": self.path,
+            "layout": self.layout,
             "why": self.why,
             "requests": self.requests,
             "prompts": self.prompts,

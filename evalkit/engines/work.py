@@ -185,15 +185,15 @@ class Queue:
             tokens += len(job.prompt) - len(prefix) + job.tail_tokens
             logits += 1 + job.tail_tokens
             full = replies > room or tokens > self.limits.tokens or logits > self.limits.logits
-            if other != prefix or full:
+            if other != prefix or full or job.need > first.need:  # room is for rows as long as the first
                 break
             batch.append(job)
             self._jobs.popleft()
         return prefix, batch
 
-    def put_back(self, jobs: Sequence[Job]) -> None:
-        """To be done next, from their first token."""
-        self._jobs.extendleft(((), job) for job in reversed(jobs))
+    def put_back(self, jobs: Sequence[Job], prefix: Tokens = ()) -> None:
+        """To be done next; ``prefix`` as ``take`` gave it."""
+        self._jobs.extendleft((prefix, job) for job in reversed(jobs))
 
 
 def _parts(job: Job, slots: int, logits: int) -> list[Job]:

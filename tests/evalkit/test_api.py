@@ -23,7 +23,7 @@ def test_a_finished_run_says_where_its_time_and_tokens_went(tiny_folder: Path, t
     ek.run(tiny_folder, tasks=["quick"], limit=6, out=tmp_path / "run")
     [session] = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
     profile = session["profile"]
-    assert (profile["path"], profile["why"], session["engine"]) == ("tree", "", "hf")
+    assert (profile["layout"], profile["why"], session["engine"]) == ("tree", "", "hf")
     phases = profile["phases"]
     assert set(phases) == {"prefill", "choices", "decode"}
     assert all(phase["seconds"] > 0 and phase["tokens"] > 0 for phase in phases.values())

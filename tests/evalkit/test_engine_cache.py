@@ -92,7 +92,7 @@ def test_any_requests_get_the_replies_of_the_naive_engine(
     engine._limits.tokens = random.Random(seed).choice([8, 40, 512])
     expected = replies(NaiveEngine(models[name], TOKENIZER), requests)
     assert_same_replies(requests, expected, replies(engine, requests))
-    assert engine.profile.path == layout
+    assert engine.profile.layout == layout
     random.Random(seed).shuffle(requests)
     again = replies(engine, requests)
     assert_same_replies(requests, replies(NaiveEngine(models[name], TOKENIZER), requests), again)
@@ -103,7 +103,7 @@ def test_a_kind_of_layout_is_chosen_by_the_model(models: dict[str, Any]) -> None
     for name, model in models.items():
         engine = HFEngine(model, TOKENIZER)
         replies(engine, [request])
-        assert engine.profile.path == ("rows" if name == "hybrid" else "tree")
+        assert engine.profile.layout == ("rows" if name == "hybrid" else "tree")
 
 
 def test_a_sliding_window_is_run_without_our_cache_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -116,7 +116,7 @@ def test_a_sliding_window_is_run_without_our_cache_and_says_so(caplog: pytest.Lo
     requests = random_requests(5)
     engine = HFEngine(model, TOKENIZER, batch_size=3)
     assert_same_replies(requests, replies(NaiveEngine(model, TOKENIZER), requests), replies(engine, requests))
-    assert engine.profile.path == "plain" and "DynamicSlidingWindowLayer" in engine.profile.why
+    assert engine.profile.layout == "plain" and "DynamicSlidingWindowLayer" in engine.profile.why
     assert "every text is run by itself, without a cache" in caplog.text
 
 
@@ -146,7 +146,7 @@ def test_what_a_model_makes_of_a_cache_is_tried_before_it_is_trusted(kind: Any, 
     requests = [request for request in random_requests(3) if request.generation is None or kind is Trips]
     engine = HFEngine(model, TOKENIZER, batch_size=4)
     assert_same_replies(requests, replies(NaiveEngine(plain, TOKENIZER), requests), replies(engine, requests))
-    assert engine.profile.path == path
+    assert engine.profile.layout == path
     assert ("scores differ by" if kind is Deaf else "TypeError: mask of an unknown shape") in engine.profile.why
 
 
@@ -239,7 +239,7 @@ def test_a_batch_that_finds_no_memory_is_halved_and_changes_no_reply(layout: Any
     requests = [request for s in range(3) for request in random_requests(10 * seed + s)]
     engine = HFEngine(model, TOKENIZER, batch_size=16, layout=layout)
     replies(engine, requests[:1])
-    assert engine.profile.path == layout
+    assert engine.profile.layout == layout
     longest = max(len(r.prompt) + max(map(len, r.continuations), default=0) for r in requests)
     model.most_tokens, model.most_rows = longest + 5 * seed, 1 + seed
     found = replies(engine, requests)
@@ -248,6 +248,19 @@ def test_a_batch_that_finds_no_memory_is_halved_and_changes_no_reply(layout: Any
     calm = engine.profile.halvings
     replies(engine, requests)
     assert engine.profile.halvings - calm <= calm, "what was learnt of the memory is kept"
+
+
+def test_a_halved_batch_still_begins_with_its_header() -> None:
+    header = tuple(range(5, 305))
+    requests = [Request(prompt=(*header, *range(i, i + 40)), continuations=((7,), (8,))) for i in range(1, 17)]
+    model = Small(tiny_llama(VOCABULARY).config).eval()
+    engine = HFEngine(model, TOKENIZER)
+    engine._limits.tokens = 512
+    replies(engine, requests[:1])
+    model.most_tokens = 300
+    replies(engine, requests)
+    assert engine.profile.halvings > 0
+    assert engine.profile.tokens.total() < 3 * 300 + 2 * 16 * 40 + 340, "each prompt by itself would be 16 times 340"
 
 
 # --- the decode loop's fixed shapes ---

@@ -370,7 +370,7 @@ def test_out_of_memory_at_one_row_says_so_and_keeps_what_is_done(tokenizer: Any,
         for index, reply in engine.answer(requests):
             done.append(index)
             assert math.isfinite(reply.logprobs[0][0])
-    assert sorted(done) == [0, 1, 2, 3] and engine.profile.path == layout
+    assert sorted(done) == [0, 1, 2, 3] and engine.profile.layout == layout
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     assert model.training and model.generation_config is own
 
