@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,7 +127,6 @@ def bench(
     }
     ours = _Ours(model, tokenizer, settings)
     theirs = _LmEval(model, tokenizer, settings)
-    alone: dict[str, list[float]] = {}
     for at, cell in enumerate(cells):
 
         def say(step: str, at: int = at, cell: Cell = cell) -> None:
@@ -135,11 +134,6 @@ def bench(
                 report(f"{cell.task} · {cell.kind} · {step}", at, len(cells))
 
         row = _measure(cell, ours, theirs, settings, say)
-        if cell.kind == "generation":
-            alone[cell.task] = [one["seconds"] for one in row["ours"]]
-        if cell.kind == "both" and cell.task in alone:
-            pairs = zip(row["ours"], alone[cell.task], strict=True)
-            row["over_generation"] = [both["seconds"] / generation for both, generation in pairs]
         result["rows"].append(row)
         if save:
             save(result)
@@ -155,21 +149,25 @@ def failed(result: dict[str, Any]) -> bool:
 
 
 def _measure(cell: Cell, ours: "_Ours", theirs: "_LmEval", settings: Settings, say: Callable[[str], None]) -> Any:
-    row: dict[str, Any] = {"task": cell.task, "kind": cell.kind, "items": len(cell.texts), "ours": [], "lm_eval": []}
+    row: dict[str, Any] = {"task": cell.task, "kind": cell.kind, "items": len(cell.texts)}
+    row |= {"ours": [], "lm_eval": [], "generation": []}
     if cell.kind != "both":
         row["batch_sizes"] = {}
         for size in settings.batch_sizes:
             say(f"lm-eval at batch size {size}")
             row["batch_sizes"][size] = theirs(cell, cell.texts[:TRIED], size)[0]["seconds"]
         row["batch_size"] = min(row["batch_sizes"], key=lambda size: row["batch_sizes"][size])
+    sides = ["ours", "generation" if cell.kind == "both" else "lm_eval"]
+    alone = replace(cell, kind="generation", texts=tuple(replace(text, answers=()) for text in cell.texts))
     say("warming up")
     ours(cell, cell.texts[:TRIED])
     for repetition in range(settings.repeats):
         say(f"repetition {repetition + 1} of {settings.repeats}")
-        sides = ["ours"] if cell.kind == "both" else ["ours", "lm_eval"]
         for side in sides if repetition % 2 == 0 else sides[::-1]:
             if side == "ours":
                 measured, mine = ours(cell, cell.texts)
+            elif side == "generation":
+                measured, _ = ours(alone, alone.texts)
             else:
                 measured, other = theirs(cell, cell.texts, row["batch_size"])
             row[side].append(measured)
@@ -185,9 +183,12 @@ def _measure(cell: Cell, ours: "_Ours", theirs: "_LmEval", settings: Settings, s
             for reply, text in zip(mine, other, strict=True)
         ]
         row["same_replies"] = sum(same)
-    if cell.kind != "both":
-        pairs = zip(row["lm_eval"], row["ours"], strict=True)
-        row["speedups"] = [theirs_["seconds"] / ours_["seconds"] for theirs_, ours_ in pairs]
+    other_side = row[sides[1]]
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(row["ours"], other_side, strict=True)]
+    if cell.kind == "both":
+        row["over_generation"] = [1 / ratio for ratio in ratios]
+    else:
+        row["speedups"] = ratios
     return row
 
 
@@ -319,7 +320,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         name = (row["task"], row["kind"])
         mine, other = row["ours"], row["lm_eval"]
         if row["kind"] == "both":
-            ratios = row.get("over_generation", [])
+            ratios = row["over_generation"]
             both.append((row["task"], _rate(mine), _list(ratios), _number(_median(ratios)), _memory(mine)))
         else:
             agree = (

@@ -102,6 +102,14 @@ class Slots:
         columns = torch.arange(self.width, device=self.at.device)
         return (columns <= self.at[: self.used, None]).long()
 
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows`` rows; those in use stay what they are."""
+        self.rows = rows
+        self.index = torch.arange(rows, device=self.index.device)
+        self.at = _more(self.at, rows)
+        for layer in self.cache.layers:
+            layer.grow(rows)
+
     def put(self, slot: int, cache: DynamicCache, row: int, columns: Tensor) -> None:
         """Fill ``slot`` from the tokens at ``columns`` of a row of ``cache``."""
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
@@ -129,6 +137,9 @@ class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values]
+
+    def grow(self, rows: int) -> None:
+        self.keys, self.values = _more(self.keys, rows), _more(self.values, rows)
 
     def put(self, slot: int, layer: DynamicLayer, row: int, columns: Tensor) -> None:
         for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
@@ -164,6 +175,9 @@ class _RecurrentSlots(LinearAttentionLayer):  # type: ignore[misc]
     def tensors(self) -> list[Tensor]:
         return [state for states in self._all.values() for state in states.values()]
 
+    def grow(self, rows: int) -> None:
+        self._all = {name: {i: _more(state, rows) for i, state in states.items()} for name, states in self._all.items()}
+
     def use(self, rows: int) -> None:
         """The layer updates states in place: a view of the rows in use is all it needs."""
         for name, states in self._all.items():
@@ -173,3 +187,9 @@ class _RecurrentSlots(LinearAttentionLayer):  # type: ignore[misc]
         for name, states in self._all.items():
             for i, state in states.items():
                 state[slot] = getattr(layer, name)[i][row]
+
+
+def _more(tensor: Tensor, rows: int) -> Tensor:
+    out = tensor.new_zeros(rows, *tensor.shape[1:])
+    out[: len(tensor)] = tensor
+    return out

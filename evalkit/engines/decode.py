@@ -28,6 +28,8 @@ FIRST = 8
 """A thinking block that the model opens itself stands within its first tokens."""
 ROUND = 16
 """Slots have a multiple of this many columns."""
+FEW = 4
+"""Rows that slots have at first, where they may grow."""
 CACHE = 2**28
 """Bytes of all slots where memory can't be asked for: a CPU is kept busy by the rows that they hold."""
 
@@ -109,24 +111,28 @@ class Decoder:
         self.limit = rows
         self.static = static or forward.device.type == "cuda"
         self.rows: list[Row] = []
+        self.needs: list[int] = []
+        """Columns that the rows to come will need: slots are made for the longest of those like the first."""
         self.slots: Slots | None = None
+        self._cap = rows
+        """Rows that the slots may grow to."""
         self._ids = torch.zeros(0, dtype=torch.long)
         self._step: Callable[[int], Tensor] = self._pass
 
     @property
     def most(self) -> int:
         """Rows at once, as things are."""
-        return self.limit if self.slots is None else min(self.limit, self.slots.rows)
+        return self.limit if self.slots is None else min(self.limit, self._cap)
 
     def room(self, need: int) -> int:
         """How many rows of ``need`` columns may enter now. Where they would need more columns than the slots have, or
-        leave half of them unused, they wait until the slots are free and make new ones."""
+        leave more than half of them unused, they wait until the slots are free and make new ones."""
         if self.rows:
             return max(0, self.most - len(self.rows)) if self._fits(need) else 0
         return self.most if self._fits(need) else self.limit
 
     def _fits(self, need: int) -> bool:
-        return self.slots is not None and self.slots.columns // 2 < _rounded(need) <= self.slots.columns
+        return self.slots is not None and self.slots.columns <= 2 * _rounded(need) and need <= self.slots.columns
 
     def enter(self, begun: Sequence[Begun]) -> list[Row]:
         """Choose each reply's first token; rows that go on take slots, the others are returned, finished."""
@@ -144,8 +150,10 @@ class Decoder:
             if over:
                 continue
             if not self.rows and not self._fits(need := max(one.job.need for one in begun)):
-                self._make_slots(one, need, len(rows))
+                self._make_slots(one, need, len(rows) - sum(ended))
             assert self.slots is not None
+            if len(self.rows) == self.slots.rows:
+                self._resize(min(self._cap, 2 * self.slots.rows))
             self.slots.put(len(self.rows), one.cache, one.row, one.columns)
             self.rows.append(row)
         return [row for row, over in zip(rows, ended, strict=True) if over]
@@ -190,12 +198,20 @@ class Decoder:
 
     def _make_slots(self, one: Begun, need: int, entering: int) -> None:
         self.clear()
-        device, columns = self.forward.device, _rounded(need)
-        rows = max(entering, min(self.limit, self._memory() // max(1, row_bytes(one.cache, columns))))
+        longest = max((other for other in self.needs if _rounded(other) <= 2 * need), default=need)
+        device, columns = self.forward.device, _rounded(max(need, longest))
+        self._cap = max(entering, min(self.limit, self._memory() // max(1, row_bytes(one.cache, columns))))
+        # Most replies may end at their first token and need no slot; but fixed shapes don't grow.
+        rows = self._cap if self.static else min(self._cap, max(entering, FEW))
         self.slots = Slots(one.cache, rows, columns, device)
         self._ids = torch.zeros(rows, dtype=torch.long, device=device)
         if device.type == "cuda":
             self._step = GraphedStep(self._pass, sorted({_bucket(n, rows) for n in range(1, rows + 1)}))
+
+    def _resize(self, rows: int) -> None:
+        assert self.slots is not None
+        self.slots.grow(rows)
+        self._ids = torch.zeros(rows, dtype=torch.long, device=self.forward.device)
 
     def _memory(self) -> int:
         """Bytes that slots may take: half of what a GPU has left."""

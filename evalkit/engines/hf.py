@@ -198,6 +198,7 @@ class HFEngine:
             share=prefill is not None,
             branches=prefill is not None and prefill.layout == "tree",
         )
+        decoder.needs = [job.need for job in jobs if job.generations]
         try:
             while queue or decoder.rows:
                 prefix: Tokens = ()

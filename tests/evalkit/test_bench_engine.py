@@ -47,7 +47,7 @@ def test_both_sides_agree_and_every_pair_is_reported(tokenizer: Any) -> None:
     assert kept == [1, 2, 3, 3] and result["complete"] and not failed(result)
     assert scored["largest_difference"] < 1e-4 and len(scored["speedups"]) == 2
     assert said["same_replies"] == 5 and len(said["lm_eval"]) == len(said["ours"]) == 2
-    assert len(both["over_generation"]) == 2 and both["lm_eval"] == []
+    assert len(both["over_generation"]) == 2 and both["lm_eval"] == [] and len(both["generation"]) == 2
     assert scored["batch_size"] in (1, 4) and set(scored["batch_sizes"]) == {1, 4}
     for side in ("ours", "lm_eval"):
         assert all(one["seconds"] > 0 and one["items_per_s"] > 0 for one in scored[side])

@@ -157,6 +157,18 @@ def test_an_empty_continuation_has_no_log_probabilities(models: dict[str, Any]) 
         assert [len(row) for row in reply.logprobs] == [0, 1]
 
 
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_a_bfloat16_model_has_a_float32_head_in_every_layout(layout: Any) -> None:
+    model = tiny_llama(VOCABULARY).bfloat16()
+    requests = [request for seed in range(4) for request in random_requests(seed) if request.continuations]
+    found, plain = (
+        [value for _, reply in sorted(replies(engine, requests).items()) for row in reply.logprobs for value in row]
+        for engine in (HFEngine(model, TOKENIZER, layout=layout), HFEngine(model, TOKENIZER, layout="plain"))
+    )
+    assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) < 0.5
+    assert len({abs(value) % 0.0078125 for value in found}) > len(found) // 2, "bfloat16 logits lie on a grid"
+
+
 # --- work that is not done twice ---
 
 

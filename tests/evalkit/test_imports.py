@@ -47,7 +47,7 @@ def test_inside_evalkit_imports_run_one_way() -> None:
         {"registry", "settings", "views", "markers", "numerals", "options"},
         {"encoding", "extract", "requests", "engines", "scoring", "selection", "stats"},
         {"evaluate", "store", "progress", "bridge", "forced"},
-        {"rescore", "opening"},
+        {"rescore", "opening", "bench_engine"},
         {"api", "api_reports", "__init__", "__main__", *COMMANDS},
     ]
     rank = {name: at for at, names in enumerate(ranks) for name in names}
