@@ -15,7 +15,7 @@ from evalkit.naming import data_folder, each, names_in_run, need_files, no_twins
 
 if TYPE_CHECKING:
     from evalkit.opening import Opened, Spread
-    from evalkit.progress import Progress
+    from evalkit.progress import Wanted
     from evalkit.registry import Task
     from evalkit.settings import Settings
     from evalkit.store import Run
@@ -55,7 +55,7 @@ def run(
     ray: str | None = None,
     ray_actors: int | None = None,
     ray_resources: str = "",
-    progress: Progress | bool = False,
+    progress: Wanted = False,
     **settings: Any,
 ) -> Run:
     """Score ``model`` on ``tasks`` in both modes.
@@ -71,6 +71,7 @@ def run(
     cache_dir: folder whose replies are taken, and to which new ones are added (evalkit/responses.py). None: neither.
     workers, ray, ray_actors, ray_resources: spread it over processes of this machine, or a Ray cluster
     (``evalkit.opening.Spread``). Processes import the calling script, so guard it by ``if __name__ == "__main__"``.
+    progress: lines on standard error (True), JSON lines there ("json"), or your own (task, done, total) function.
     settings: any field of ``evalkit.settings.Settings`` (view, shots, chat, limit, ...).
     ValueError: what was asked can't be done; the message says what to change.
     """

@@ -89,6 +89,7 @@ RayActors = Annotated[
     int | None, typer.Option(min=1, help="Workers in it.", show_default="one a GPU; without GPUs one a node")
 ]
 RayResources = Annotated[str, typer.Option(help="Of each: num_gpus=1,num_cpus=2, or a resource of your own.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Progress as JSON lines on standard error.")]
 
 console = Console(markup=False)
 
@@ -124,8 +125,9 @@ def _scoring_options(
     ray: RayAddress = None,
     ray_actors: RayActors = None,
     ray_resources: RayResources = "",
+    log_json: LogJson = False,
 ) -> None:
-    """The options of every command that scores a model, with the API's names."""
+    """The options of every command that scores a model, with the API's names (``log_json``: its progress)."""
 
 
 def scores(command: Callable[..., None]) -> Callable[..., None]:
@@ -141,7 +143,8 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
             values["tasks"] = [name for name in values["tasks"].split(",") if name]
         if "engine_options" in values:
             values["engine_options"] = _key_values(values["engine_options"])
-        command(**values, progress=True)
+        progress = "json" if values.pop("log_json", False) else True
+        command(**values, progress=progress)
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = list(inspect.signature(_scoring_options).parameters.values())

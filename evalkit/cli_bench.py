@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evalkit.cli import Device, Json, _quiet, app, console
+from evalkit.cli import BatchSize, DataDir, Device, Json, _quiet, app, console
 
 bench = typer.Typer(no_args_is_help=True, help="Measure kernels and models on this machine.")
 app.add_typer(bench, name="bench")
@@ -105,6 +105,60 @@ def bench_ttft(
     how: dict[str, Any] = {"device": device, "repeats": repeats, "profile": profile, "seed": seed}
     settings = ttft_settings.Settings(**lists, **who, **what, **how)
     _bench(ttft, ttft_tables, settings, "bench-ttft", out, json_output)
+
+
+@bench.command(
+    "engine",
+    epilog="Examples: `evalkit bench engine --data-dir data --out bench` · `evalkit bench engine MODEL --cells "
+    "arc_easy:generation --items 0.25`. Exit code 1: the two sides' scores differ. Needs lm-eval.",
+)
+def bench_engine(
+    model: Annotated[str, typer.Argument(help="Hugging Face id, model folder, or a built-in name.")] = "smollm2-135m",
+    cells: Annotated[
+        str, typer.Option(help="Comma-separated TASK or TASK:MODE (loglikelihood, generation, both).")
+    ] = "arc_easy,boolq_closed:loglikelihood,hellaswag:loglikelihood,mmlu",
+    items: Annotated[float, typer.Option(min=0.01, max=1, help="Share of each task's items to use.")] = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Paired repetitions.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Limit of a reply.")] = 32,
+    batch_size: BatchSize = None,
+    dtype: BenchDType = "auto",
+    device: Device = "auto",
+    data_dir: DataDir = None,
+    out: BenchDir = None,
+    json_output: Json = False,
+) -> None:
+    """Items and tokens a second in each mode and in both, beside lm-eval's on the same items."""
+    _quiet()
+    import torch
+
+    import tasks  # noqa: F401  (registers them)
+    from evalkit import bench_engine as ours
+    from models.bench.arguments import names
+    from models.bench.provenance import environment
+    from models.bench.render import Grid
+    from models.load import load, pick_device
+
+    where = torch.device(pick_device(device))
+    chosen = ("bfloat16" if where.type == "cuda" else "float32") if dtype == "auto" else dtype
+    loaded = load(model, dtype=chosen, device=str(where))
+    asked = ours.cells_of(names(cells), items, data_dir, loaded.tokenizer)
+    settings = ours.Settings(model=model, dtype=chosen, repeats=repeats, max_tokens=max_tokens, batch_size=batch_size)
+
+    class Tables:
+        TITLE = ours.TITLE
+
+        @staticmethod
+        def grids(result: dict[str, Any]) -> list[Grid]:
+            return [Grid(*table) for table in ours.tables(result)]
+
+    class Measure:
+        failed = staticmethod(ours.failed)
+
+        @staticmethod
+        def bench(settings: Any, **how: Any) -> dict[str, Any]:
+            return ours.bench(settings, loaded.model, loaded.tokenizer, asked, environment(where), **how)
+
+    _bench(Measure, Tables, settings, "bench-engine", out, json_output)
 
 
 def _bench(what: Any, tables: Any, settings: Any, name: str, out: Path | None, json_output: bool) -> None:

@@ -52,6 +52,8 @@ class Opened:
     """evalkit.json of a distilled checkpoint."""
     check: Callable[[Settings], None] = _any
     """ValueError for settings that the engine can't serve, before anything is written."""
+    profile: Callable[[], Mapping[str, Any]] = dict
+    """Where time and tokens went so far, for run.json and the progress line."""
     close: Callable[[], None] = lambda: None
     """Gives back what outlives the object: servers, worker processes."""
     workers: int = 1
@@ -192,4 +194,5 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
         },
         versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
+        profile=engine.profile.row,
     )

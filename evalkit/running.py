@@ -10,12 +10,12 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evalkit.encoding import Encoder
     from evalkit.opening import Opened
-    from evalkit.progress import Progress
+    from evalkit.progress import Progress, Wanted
     from evalkit.registry import Task
     from evalkit.requests import Plan
     from evalkit.selection import Selection
@@ -57,11 +57,12 @@ def score(
     selections: Mapping[str, Selection],
     settings: Settings,
     out: Path | None,
-    progress: Progress | bool,
+    progress: Wanted,
 ) -> Run:
     """Score what ``out`` does not hold yet."""
     from evalkit.encoding import Encoder
     from evalkit.progress import bars
+    from evalkit.records import GENERATION, LOGLIKELIHOOD
     from evalkit.store import RunWriter
 
     opened.check(settings)
@@ -72,12 +73,18 @@ def score(
         logger.warning("%s; it is scored again", line)
     keys: list[Key] = []
     try:
-        with bars(progress, opened.model.name) as report:
+        mode = "+".join({LOGLIKELIHOOD: "LL", GENERATION: "GEN"}[one] for one in settings.modes)
+        with bars(progress, opened.model.name, mode=mode, figures=lambda: _tokens(opened.profile())) as report:
             for task in wanted:
                 keys += _score_task(task, selections[task.name], opened, encoder, settings, writer, report)
-        return writer.finish(keys)
+        return writer.finish(keys, opened.profile())
     finally:
         writer.close()
+
+
+def _tokens(profile: Mapping[str, Any]) -> tuple[int, int]:
+    """(run, found in caches)"""
+    return sum(phase["tokens"] for phase in profile.get("phases", {}).values()), profile.get("tokens_cached", 0)
 
 
 def _score_task(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +56,8 @@ class Manifest(BaseModel):
     tasks: tuple[TaskEntry, ...]
     versions: dict[str, str] = {}
     sessions: tuple[dict[str, Any], ...] = ()
-    """One for each time the command ran: when, on what (engine, batch size, head, versions), and the git revision of
-    the folder it ran in."""
+    """One for each time the command ran: when, on what (engine, batch size, head, versions), the git revision of the
+    folder it ran in, and once it is done the engine's profile."""
     complete: bool = False
     checkpoint: dict[str, Any] | None = None
     """evalkit.json of a distilled checkpoint, copied."""
@@ -167,10 +167,12 @@ class RunWriter:
             if lock is not None:
                 lock.release()
 
-    def finish(self, keys: Iterable[Key]) -> Run:
-        """Mark the run complete; ``keys`` are the records that belong to it."""
+    def finish(self, keys: Iterable[Key], profile: Mapping[str, Any] | None = None) -> Run:
+        """Mark the run complete; ``keys`` are the records that belong to it. ``profile``: of this session's engine."""
         records = [self.kept[key] for key in dict.fromkeys(keys)]
-        self.manifest = self.manifest.model_copy(update={"complete": True})
+        *earlier, session = self.manifest.sessions or ({},)
+        sessions = (*earlier, {**session, "profile": dict(profile)} if profile else session)
+        self.manifest = self.manifest.model_copy(update={"complete": True, "sessions": sessions})
         if self.path is not None:
             if len(records) != len(self.kept):  # items that changed since they were scored would be read again
                 with atomic(self.path / OUTCOMES) as file:

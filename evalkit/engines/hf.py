@@ -1,33 +1,41 @@
 """Any transformers causal language model, on the CPU or a GPU.
 
-Scores are log-softmax in float32 at the scored positions only. The output head itself runs in float32 too: a
-bfloat16 head rounds logits so coarsely that 2 to 12 % of four-way items tie.
+Each different prompt is run once: its last position scores one-token choices, its cache serves longer choices and the
+reply (prefill.py, decode.py). How that is laid out follows from the model, tried on a few tokens before the first
+request: "tree" where attention alone remembers, "rows" where a layer has a recurrent state, "plain" (each text by
+itself, plain.py) where neither gives what the model says without a cache.
 """
 
 import contextlib
-import hashlib
-import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
-from evalkit.encoding import CLOSE, OPEN, Tokenizer
-from evalkit.engines.base import cost
-from evalkit.engines.replies import cut_reply, decode, eos_ids, first_stop
-from evalkit.records import Generated, Generation, Reply, Request
+from evalkit.encoding import Tokenizer
+from evalkit.engines.cache import why_not
+from evalkit.engines.decode import Decoder
+from evalkit.engines.forward import Forward
+from evalkit.engines.plain import Plain
+from evalkit.engines.prefill import Prefill
+from evalkit.engines.profile import TIE, Profile
+from evalkit.engines.replies import eos_ids
+from evalkit.engines.work import Job, Limits, Queue, Tokens, jobs_of
+from evalkit.records import Generation, Reply, Request
 
-Row = tuple[int, int, tuple[int, ...], int]
-"""(request, continuation, tokens of prompt and continuation, tokens of the continuation)"""
+logger = logging.getLogger("evalkit")
+
+Layout = Literal["tree", "rows", "plain"]
+
+PASS_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Tokens of a prefill pass: more keep no unit busier (512 on a CPU are no faster and take twice the memory), and a
+tree's mask grows with their square."""
+PASS_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits of a prefill pass: 64 MiB, 1 GiB."""
+NEAR, NEAR_HALF = 1e-2, 0.3
+"""How far two layouts' log-probabilities may be apart on average (nats): in float32 (with TF32 on a GPU), and in
+what is rounded more coarsely. A wrong mask, position or state moves them by more."""
 
 
 class HFEngine:
@@ -40,22 +48,30 @@ class HFEngine:
         *,
         batch_size: int | None = None,
         padding: Literal["left", "right"] = "right",
+        layout: Layout | None = None,
     ) -> None:
+        """batch_size: prompts of a prefill pass and rows of a decode step, at most. padding: of the plain layout.
+        layout: only this one, or plain where it fails; None: the first that works."""
         self.model = model
         self._tokenizer = tokenizer
-        self.device = next(model.parameters()).device
+        self._forward = Forward(model)
+        self.device = self._forward.device
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 64)
-        self.padding = padding
-        accepted = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in accepted
-        self._takes_positions = "position_ids" in accepted
-        if padding == "left" and not self._takes_positions:
+        if padding == "left" and not self._forward.takes_positions:
             raise ValueError(
                 f"{type(model).__name__} takes no position_ids, so it can't be padded on the left; use padding='right'"
             )
+        self.profile = Profile()
+        self._layouts: tuple[Layout, ...] = ("tree", "rows") if layout is None else (layout,)
         self._eos = eos_ids(model, tokenizer)
-        self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        """The output head's weight and bias in float32, made once."""
+        self._plain = Plain(
+            self._forward, tokenizer, self._eos, self.profile, padding=padding, max_length=self.max_length
+        )
+        self._prefill: Prefill | None = None
+        self._decoder = Decoder(self._forward, tokenizer, self._eos, self.profile, rows=self.batch_size)
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        vocabulary = getattr(_text_config(model), "vocab_size", None) or 2**15
+        self._limits = Limits(self.batch_size, PASS_TOKENS[kind], PASS_LOGITS[kind] // vocabulary)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -64,250 +80,209 @@ class HFEngine:
     @property
     def head_dtype(self) -> str:
         """What the output head computes in: float32, but for a wrapped or quantised head, which keeps its own."""
-        head = self._output_head()
-        return "float32" if _plain_linear(head) else f"as in {type(head).__name__}"
-
-    def _output_head(self) -> Any:
-        return self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        return self._forward.head_dtype
 
     @property
     def max_length(self) -> int:
-        config = (
-            self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
-        )
+        config = _text_config(self.model)
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Long requests first: an out-of-memory error comes at once, and rows of a batch are alike in length."""
-        order = sorted(range(len(requests)), key=lambda i: -cost(requests[i]))
-        with self._at_work("what is scored so far is kept"):
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                with torch.inference_mode(), self._float32_head(), _plain_generation(self.model):
-                    scores = self._score(requests, chosen)
-                    said = self._generate(requests, chosen)
-                for i in chosen:
-                    rows = tuple(scores[i, j] for j in range(len(requests[i].continuations)))
-                    yield i, Reply(logprobs=rows, generated=said.get(i))
+        self._count(requests)
+        waiting = dict(enumerate(requests))
+        with self._at_work():
+            self._choose_layout()
+            for job in self._finished(jobs_of(requests)):
+                for i in job.owners:
+                    if i in waiting and (reply := _reply(waiting[i], job)):
+                        del waiting[i]
+                        self.profile.ties += _tie(reply)
+                        yield i, reply
+        assert not waiting, "a request was left out"
 
     def logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
         """Of each row (tokens, n) the float32 logits [n, vocabulary] of the steps that predict its last n tokens, in
         one forward pass over the rows."""
-        with self._at_work("nothing is kept"), torch.inference_mode(), self._float32_head():
-            return self._logits(batch)
+        with self._at_work(), torch.inference_mode():
+            try:
+                return self._plain.logits(batch)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"out of memory on {self.device} at batch size {self.batch_size}; use a smaller --batch-size "
+                    "(nothing is kept)"
+                ) from error
 
     @contextlib.contextmanager
-    def _at_work(self, kept: str) -> Iterator[None]:
-        """Without dropout, and with a word of advice where memory runs out."""
+    def _at_work(self) -> Iterator[None]:
+        """Without dropout."""
         training = self.model.training
         self.model.eval()
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"out of memory on {self.device} at batch size {self.batch_size}; use a smaller --batch-size ({kept})"
-            ) from error
         finally:
             self.model.train(training)
 
-    @contextlib.contextmanager
-    def _float32_head(self) -> Iterator[None]:
-        """Run the output head in float32, keeping what the model does behind it (soft caps, scaling)."""
-        head: Any = self._output_head()
-        if not _plain_linear(head) or head.weight.dtype == torch.float32:
-            yield
+    def _count(self, requests: Sequence[Request]) -> None:
+        profile = self.profile
+        profile.requests += len(requests)
+        for request in requests:
+            profile.asked["choices"] += sum(len(request.prompt) + len(tail) - 1 for tail in request.continuations)
+            profile.asked["prefill"] += len(request.prompt) * (request.generation is not None)
+
+    # --- how the model is run ---
+
+    def _choose_layout(self) -> None:
+        """ "tree", else "rows", else "plain": the first that says on a few tokens what plain passes say."""
+        if self.profile.layout:
             return
-        if self._head is None:
-            self._head = (head.weight.float(), None if head.bias is None else head.bias.float())
-        weight, bias = self._head
-        head.forward = lambda hidden: F.linear(hidden.float(), weight, bias)
-        try:
-            yield
-        finally:
-            del head.forward
+        self.profile.layout, why = "plain", ""
+        for layout in self._layouts:
+            if layout == "plain":
+                break
+            try:
+                wrong = why_not(self._forward, layout) or self._trial(layout)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(f"out of memory on {self.device} with a few tokens: the model leaves none") from error
+            except Exception as error:  # whatever the model's own code makes of a cache or a mask that it doesn't know
+                wrong = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            if not wrong:
+                self.profile.layout = layout
+                self._prefill = Prefill(self._forward, self.profile, layout)
+                break
+            why = f"{layout}: {wrong}"
+        self.profile.why = why
+        if self.profile.layout == "plain" and why:
+            logger.warning("every text is run by itself, without a cache: %s", why)
 
-    # --- log-likelihood ---
-
-    def _score(self, requests: Sequence[Request], chosen: Sequence[int]) -> dict[tuple[int, int], tuple[float, ...]]:
-        rows: list[Row] = [
-            (i, j, requests[i].prompt + tail, len(tail))
-            for i in chosen
-            for j, tail in enumerate(requests[i].continuations)
+    def _trial(self, layout: Literal["tree", "rows"]) -> str:
+        """How far scores and replies in ``layout`` are from plain passes on a few tokens; empty: near enough."""
+        ids = tuple((37 * i + 11) % int(_text_config(self.model).vocab_size) for i in range(12))
+        replies = [Generation(max_tokens=n) for n in (3, 2)]
+        jobs = [
+            Job(ids[:6], continuations=[ids[6:9], ids[9:11], ids[6:7]], generations=replies[:1]),
+            Job((*ids[:3], ids[7]), continuations=[ids[3:5]], generations=replies[1:]),
         ]
-        rows.sort(key=lambda row: -len(row[2]))
-        scores: dict[tuple[int, int], tuple[float, ...]] = {}
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            for (i, j, _, _), logprobs in zip(batch, self._logprobs(batch), strict=True):
-                scores[i, j] = logprobs
-        return scores
+        profile = Profile()
+        decoder = Decoder(self._forward, self._tokenizer, frozenset(), profile, rows=2)
+        with torch.inference_mode():
+            decoder.enter(Prefill(self._forward, profile, layout)(jobs, ids[:3]))
+            while decoder.rows:
+                decoder.step()
+            off = []
+            for job in jobs:
+                said = [generated.tokens for generated in job.said.values()]
+                texts = [*job.continuations, *said]
+                for tail, logits in zip(
+                    texts, self._plain.logits([(job.prompt + tail, len(tail)) for tail in texts]), strict=True
+                ):
+                    rows = logits.log_softmax(-1)
+                    plain = rows.gather(-1, torch.tensor(tail, device=rows.device)[:, None])[:, 0]
+                    # Greedy replies have no scores of their own: each token should be the likeliest.
+                    mine = rows.max(-1).values.tolist() if tail in said else job.scores[tail]
+                    off += [abs(a - b) for a, b in zip(mine, plain.tolist(), strict=True)]
+        mean = sum(off) / len(off)
+        exact = next(self.model.parameters()).dtype == torch.float32
+        return "" if mean <= (NEAR if exact else NEAR_HALF) else f"scores differ by {mean:.2g} nats a token"
 
-    def _logprobs(self, batch: Sequence[Row]) -> list[tuple[float, ...]]:
-        """For each row the log-probability of every token of its continuation (float32, nats)."""
-        out = []
-        rows = [(tokens, scored) for _, _, tokens, scored in batch]
-        for row, (tokens, scored) in zip(self._logits(rows), rows, strict=True):
-            target = torch.tensor(tokens[-scored:], device=row.device)[:, None]
-            # logsumexp would be nearer to float64 by some 1e-5 nats a token, but sums agree with lm-eval's this way.
-            out.append(tuple(row.log_softmax(-1).gather(-1, target)[:, 0].tolist()))
-        return out
+    # --- the work, batch by batch ---
 
-    def _logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
-        # The last token predicts nothing that is scored, so it is not run.
-        width = max(len(tokens) for tokens, _ in batch) - 1
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        first = []  # column whose logits predict the continuation's first token
-        for r, (tokens, scored) in enumerate(batch):
-            length = len(tokens) - 1
-            offset = width - length if self.padding == "left" else 0
-            ids[r, offset : offset + length] = torch.tensor(tokens[:-1])
-            mask[r, offset : offset + length] = 1
-            first.append(offset + length - scored)
-        columns = sorted({c for start, row in zip(first, batch, strict=True) for c in range(start, start + row[1])})
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = torch.tensor(columns, device=self.device)
-            where = {column: at for at, column in enumerate(columns)}
+    def _finished(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Jobs of which something was finished, as it happens. A batch that finds no memory is halved."""
+        self.profile.prompts += len(jobs)
+        decoder, prefill = self._decoder, self._prefill
+        queue = Queue(
+            jobs,
+            self._limits,
+            slots=decoder.limit,
+            share=prefill is not None,
+            branches=prefill is not None and prefill.layout == "tree",
+        )
+        decoder.needs = [job.need for job in jobs if job.generations]
+        try:
+            while queue or decoder.rows:
+                prefix: Tokens = ()
+                batch: list[Job] = []
+                failed: torch.OutOfMemoryError | None = None
+                try:
+                    with torch.inference_mode():
+                        if queue and self._may_enter(queue.next):
+                            prefix, batch = queue.take(decoder.room(queue.next.need))
+                            done = self._run(batch, prefix)
+                        else:
+                            done = [row.job for row in decoder.step()]
+                except torch.OutOfMemoryError as error:
+                    failed = error
+                if failed is not None:  # outside of the handler, whose traceback holds what the pass had allocated
+                    self._halve(queue, batch, prefix, failed.with_traceback(None))
+                    continue
+                yield from done
+        finally:
+            decoder.rest()
+            if prefill is not None:
+                prefill.forget()
+
+    def _may_enter(self, job: Job) -> bool:
+        """Prompts are run a few at a time: a quarter of the slots must be free, unless nothing else is left to do."""
+        if not self._decoder.rows or not job.generations:
+            return True
+        most = self._decoder.most
+        return self._decoder.room(job.need) >= max(1, most // 4, min(most, len(job.generations)))
+
+    def _run(self, batch: Sequence[Job], prefix: Tokens) -> list[Job]:
+        """Jobs of the batch that have something new to tell; the others' replies have only begun."""
+        if self._prefill is None:
+            self._plain(batch, self._limits.rows)
+            return list(batch)
+        begun = self._prefill(batch, prefix)
+        return [*batch, *(row.job for row in self._decoder.enter(begun))]
+
+    def _halve(self, queue: Queue, batch: Sequence[Job], prefix: Tokens, error: torch.OutOfMemoryError) -> None:
+        """Memory ran out, in a prefill of ``batch`` or (no batch) in a decode step: go on with half of the rows."""
+        decoder, limits = self._decoder, self._limits
+        self.profile.halvings += 1
+        if self._prefill is not None:
+            self._prefill.forget()
+        rows = len(decoder.rows)
+        if len(batch) > 1:
+            limits.rows = (len(batch) + 1) // 2
+            queue.put_back(batch, prefix)
+        elif batch and limits.rows > 1 and self._prefill is None:
+            limits.rows //= 2  # a job's texts are rows of their own
+            queue.put_back(batch, prefix)
+        elif batch and len(halves := batch[0].halves()) > 1:
+            queue.put_back(halves, prefix)
+        elif batch and (rows or (decoder.limit > 1 and batch[0].generations)):
+            decoder.limit = max(1, decoder.limit // 2)
+            queue.put_back(decoder.evict())
+            queue.put_back(batch, prefix)
+        elif rows > 1:
+            decoder.limit = rows // 2
+            queue.put_back(decoder.evict())
         else:
-            where = {column: column for column in columns}
-        logits = self.model(**inputs, use_cache=False).logits
-        # A row's columns stand side by side among the kept ones, so this copies nothing.
-        spans = [(where[start], scored) for start, (_, scored) in zip(first, batch, strict=True)]
-        return [logits[r, at : at + scored].float() for r, (at, scored) in enumerate(spans)]
-
-    # --- generation ---
-
-    def _generate(self, requests: Sequence[Request], chosen: Sequence[int]) -> dict[int, Generated]:
-        said: dict[int, Generated] = {}
-        for members in self._together(requests, chosen):
-            jobs = [(requests[i].prompt, requests[i].generation) for i in members]
-            said.update(zip(members, self._replies(jobs), strict=True))
-        return said
-
-    def _together(self, requests: Sequence[Request], chosen: Sequence[int]) -> list[list[int]]:
-        """Groups that may generate in one batch.
-
-        Prompts are padded on the left: only a model that is told positions can bear it. A finished row is carried on
-        until the last one ends, so the longest prompt and the largest limit must fit the window together.
-        """
-        groups: list[list[int]] = []
-        for i in chosen:
-            if requests[i].generation is None:
-                continue
-            for group in groups:
-                lengths = [len(requests[j].prompt) for j in (*group, i)]
-                limits = [g.max_tokens for j in (*group, i) if (g := requests[j].generation)]
-                alike = self._takes_positions or len(set(lengths)) == 1
-                if alike and max(lengths) + max(limits) <= self.max_length:
-                    group.append(i)
-                    break
-            else:
-                groups.append([i])
-        return groups
-
-    def _replies(self, jobs: Sequence[tuple[tuple[int, ...], Any]]) -> list[Generated]:
-        width = max(len(prompt) for prompt, _ in jobs)
-        ids = torch.zeros(len(jobs), width, dtype=torch.long)
-        mask = torch.zeros(len(jobs), width, dtype=torch.long)
-        for r, (prompt, _) in enumerate(jobs):
-            ids[r, width - len(prompt) :] = torch.tensor(prompt)
-            mask[r, width - len(prompt) :] = 1
-        stopping = _Stops(self._tokenizer, width, [generation for _, generation in jobs])
-        config = GenerationConfig(
-            max_new_tokens=max(generation.max_tokens for _, generation in jobs),
-            do_sample=False,  # samples are greedy too, over noisy scores
-            eos_token_id=sorted(self._eos) or None,
-            pad_token_id=min(self._eos, default=0),  # after a row's end; never seen, the mask covers the left side
-            use_cache=True,
-        )
-        out = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([stopping]),
-            logits_processor=LogitsProcessorList([_Sample(jobs)]),
-        )
-        tokens = out[:, width:].tolist()
-        said = zip(tokens, jobs, strict=True)
-        return [cut_reply(self._tokenizer, row, generation, self._eos) for row, (_, generation) in said]
+            raise ValueError(
+                f"out of memory on {self.device} with a single row; use fewer --shots, a smaller --max-tokens or "
+                "--dtype, or a larger device (what is scored so far is kept)"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-_FIRST = 8
-"""A thinking block that the model opens itself stands within its first tokens."""
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
-class _Sample(LogitsProcessor):  # type: ignore[misc]
-    """Sampling as the argmax of scores plus Gumbel noise (Gumbel, 1954), drawn from a generator of each row's own.
-
-    A row's seed is its request's, so its reply depends on no other row, and the global generator is left alone.
-    """
-
-    def __init__(self, jobs: Sequence[tuple[tuple[int, ...], Any]]) -> None:
-        self.temperatures = [generation.temperature for _, generation in jobs]
-        self.generators = []
-        for prompt, generation in jobs:
-            digest = hashlib.sha256(f"{generation.seed} {prompt}".encode()).digest()
-            self.generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not any(self.temperatures):
-            return scores
-        rows = []
-        for row, temperature, generator in zip(scores.float(), self.temperatures, self.generators, strict=True):
-            if temperature:
-                noise = -torch.empty(row.shape).exponential_(generator=generator).log()
-                row = row / temperature + noise.to(row.device)
-            rows.append(row)
-        return torch.stack(rows)
+def _reply(request: Request, job: Job) -> Reply | None:
+    """None: something of it is still to be done."""
+    if any(tail not in job.scores for tail in request.continuations):
+        return None
+    if request.generation is not None and request.generation not in job.said:
+        return None
+    said = job.said[request.generation] if request.generation is not None else None
+    return Reply(logprobs=tuple(job.scores[tail] for tail in request.continuations), generated=said)
 
 
-class _Stops(StoppingCriteria):  # type: ignore[misc]
-    """A row ends at its own stop strings (found in the text, so a string split over tokens counts) or length."""
-
-    def __init__(self, tokenizer: Tokenizer, width: int, generations: Sequence[Generation]) -> None:
-        self.tokenizer = tokenizer
-        self.width = width
-        self.generations = generations
-        self.done = [False] * len(generations)
-        self.thinks = [False] * len(generations)
-        """The model opened a thinking block itself; no stop string counts before its end."""
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        for r, generation in enumerate(self.generations):
-            if self.done[r]:
-                continue
-            new = input_ids.shape[1] - self.width
-            if new <= _FIRST:
-                opening = decode(self.tokenizer, input_ids[r, self.width :].tolist(), generation.stops)
-                self.thinks[r] = opening.lstrip().startswith(OPEN)
-            # A stop string of n characters lies within the last n + 8 tokens: every token but a byte piece has one.
-            tail = max((len(stop) for stop in generation.stops), default=0) + 8
-            shown = input_ids[r, self.width :][
-                0 if self.thinks[r] and CLOSE not in generation.stops else -tail :
-            ].tolist()
-            text = decode(self.tokenizer, shown, generation.stops)
-            self.done[r] = new >= generation.max_tokens or first_stop(text, generation.stops) is not None
-        return torch.tensor(self.done, device=input_ids.device)
-
-
-def _plain_linear(head: Any) -> bool:
-    """A linear layer that nothing wraps, patches or quantises."""
-    linear = torch.nn.Linear
-    own = isinstance(head, linear) and type(head).forward is linear.forward and "forward" not in vars(head)
-    # torchao's packed weights call themselves floating-point.
-    return own and bool(head.weight.is_floating_point()) and not is_traceable_wrapper_subclass(head.weight)
-
-
-@contextlib.contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Greedy means greedy: a model's shipped defaults (repetition penalty, sampling) do not apply."""
-    own = getattr(model, "generation_config", None)
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
+def _tie(reply: Reply) -> bool:
+    """The best two continuations are nearer than rounding may move them."""
+    sums = sorted(map(sum, reply.logprobs))
+    return len(sums) > 1 and sums[-1] - sums[-2] <= TIE * max(1.0, abs(sums[-1]))

@@ -95,7 +95,7 @@ class Host:
         self._opened = self._opener()
         engine = self._opened.engine
         facts = Facts(tokenizer=engine.tokenizer, max_length=engine.max_length)
-        return replace(self._opened, engine=facts, close=_nothing)
+        return replace(self._opened, engine=facts, close=_nothing, profile=dict)
 
     def _answer(self, requests: Sequence[Request]) -> list[Reply]:
         replies = dict(self._opened.engine.answer(requests))

@@ -111,7 +111,7 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
             off = max(PAD_LOGIT, torch.finfo(g.dtype).min)
             g, beta = g.masked_fill(padding, off), beta.masked_fill(padding, off)
         goes_on = memory is not None and memory.has_previous_state[0]
-        q, k, v = self._convolve(streams, memory, packed)
+        q, k, v = self._convolve(streams, memory, packed, padding)
         q, k, v, g = (s.unflatten(-1, (-1, self.head_dim)) for s in (q, k, v, g))
         if self.config.kda_rope and position_embeddings is not None:
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
@@ -128,8 +128,11 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         return q, k
 
-    def _convolve(self, streams: list[Tensor], memory: Any, packed: Packed | None) -> list[Tensor]:
-        """Each of q, k, v [B, T, channels]; the cache holds their last inputs as one [B, all channels, taps - 1]."""
+    def _convolve(
+        self, streams: list[Tensor], memory: Any, packed: Packed | None, padding: Tensor | None = None
+    ) -> list[Tensor]:
+        """Each of q, k, v [B, T, channels]; the cache holds their last inputs as one [B, all channels, taps - 1], those
+        before the ``padding`` [B, T, 1] on the right of a row, if there is any."""
         weights = [self.q_conv, self.k_conv, self.v_conv]
         sizes = [s.shape[-1] for s in streams]
         keep = self.conv_size - 1
@@ -147,7 +150,11 @@ class KimiDeltaAttention(nn.Module):  # type: ignore[misc]
             from models.kda.kernels.mixer import triton_conv as conv
         outputs = [conv(s, w, b, position) for s, w, b in zip(streams, weights, before, strict=True)]
         if memory is not None:
-            memory.update_conv_state(torch.cat([s[:, -keep:] for s in streams], -1).mT, conv_kernel_size=keep)
+            if padding is None:
+                newest = torch.cat([s[:, -keep:] for s in streams], -1)
+            else:
+                newest = last_inputs(torch.cat(streams, -1), padding, memory.conv_states[0] if goes_on else None, keep)
+            memory.update_conv_state(newest.mT, conv_kernel_size=keep)
         return outputs
 
     def _recur(
@@ -210,6 +217,16 @@ def short_conv(x: Tensor, weight: Tensor, before: Tensor | None = None, position
             earlier = earlier.masked_fill(position.view(-1, T, 1) < lag, 0)
         y = torch.addcmul(y, weight[:, -1 - lag], earlier)
     return y
+
+
+def last_inputs(x: Tensor, padding: Tensor, before: Tensor | None, keep: int) -> Tensor:
+    """The ``keep`` inputs up to each row's last token [B, keep, C]: of x [B, T, C], and of those before it [B, C, keep]
+    (zeros by default). padding: [B, T, 1], True at padding; columns to the left of a row's last token stay as they are.
+    """
+    past = F.pad(x, (0, 0, keep, 0)) if before is None else torch.cat([before.mT.to(x.dtype), x], 1)
+    behind = padding[..., 0].flip(1).int().cumprod(1).sum(1)  # padding to the right of the last token
+    columns = x.shape[1] - behind[:, None] + torch.arange(keep, device=x.device)
+    return past.gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
 
 
 def gated_norm(o: Tensor, z: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -1,5 +1,6 @@
 """The notebook's words."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ def test_a_live_model_with_its_tokenizer_is_scored_and_left_as_it_was() -> None:
     assert "mine" in repr(run) and model.training
     with pytest.raises(ValueError, match="needs its tokenizer"):
         ek.run(model, tasks=["quick"])
+
+
+def test_a_finished_run_says_where_its_time_and_tokens_went(tiny_folder: Path, tmp_path: Path) -> None:
+    ek.run(tiny_folder, tasks=["quick"], limit=6, out=tmp_path / "run")
+    [session] = json.loads((tmp_path / "run" / "run.json").read_text())["sessions"]
+    profile = session["profile"]
+    assert (profile["layout"], profile["why"], session["engine"]) == ("tree", "", "hf")
+    phases = profile["phases"]
+    assert set(phases) == {"prefill", "choices", "decode"}
+    assert all(phase["seconds"] > 0 and phase["tokens"] > 0 for phase in phases.values())
+    asked = sum(profile["tokens_asked"].values())
+    assert asked == phases["prefill"]["tokens"] + phases["choices"]["tokens"] + profile["tokens_cached"]
+    assert profile["passes"]["decode"] > 0 and profile["largest_batch"]["decode"] <= session["batch_size"]
+    assert profile["out_of_memory_halvings"] == 0 and profile["ties"] >= 0
 
 
 def test_runs_in_memory_on_disk_and_by_path_compare_alike(

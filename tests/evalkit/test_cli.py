@@ -41,6 +41,17 @@ def compared(tiny_folder: Path, other_folder: Path, tmp_path_factory: pytest.Tem
     return out
 
 
+def test_progress_comes_as_json_lines_where_a_script_wants_it(tiny_folder: Path, tmp_path: Path) -> None:
+    done = evalkit("run", tiny_folder, "--tasks", "quick", "--limit", 6, "--out", tmp_path / "run", "--log-json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert [(line["event"], line["task"], line["mode"]) for line in lines] == [("progress", "quick", "LL+GEN")] * len(
+        lines
+    )
+    assert (lines[0]["done"], lines[-1]["done"], lines[-1]["total"]) == (0, 6, 6)
+    assert lines[-1]["tokens_per_s"] > 0 and lines[-1]["tokens_cached"] > 0
+
+
 def test_compare_writes_its_schema(compared: Path) -> None:
     found = json.loads((compared / "compare.json").read_text())
     assert found["schema"] == "evalkit.compare/1"

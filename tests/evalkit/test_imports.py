@@ -53,7 +53,7 @@ def test_inside_evalkit_imports_run_one_way() -> None:
         {"registry", "settings", "views", "markers", "numerals", "options", "yaml12"},
         {"encoding", "extract", "requests", "engines", "scoring", "selection", "stats"},
         {"evaluate", "store", "progress", "bridge", "forced"},
-        {"rescore", "responses", "naming", *OPENING},
+        {"rescore", "responses", "naming", "bench_engine", *OPENING},
         {"running"},
         {"api", "api_reports", "sweep", "__init__", "__main__", *COMMANDS},
     ]

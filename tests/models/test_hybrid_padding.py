@@ -49,17 +49,43 @@ def test_in_half_precision_pads_write_nothing_and_forget_nothing(dtype: torch.dt
     torch.testing.assert_close(mixer(x, mask=mask)[:, 9:], mixer(x[:, 9:]), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
+def state(layer: Any) -> torch.Tensor:
+    """What a KDA layer remembers of each row [rows, numbers]."""
+    return torch.cat([layer.recurrent_states[0].flatten(1), layer.conv_states[0].flatten(1)], 1)
+
+
 @torch.no_grad()
 def test_the_state_after_a_padded_batch_is_each_texts_own() -> None:
     model = tiny_hybrid(tiny_teacher("qwen2"))
-    rows = tokens(5, 66)
-    alone = [model(row, use_cache=True)[CACHE].layers[0].recurrent_states[0] for row in rows]
+    rows = tokens(5, 66, 1, 2)
+    alone = [state(model(row, use_cache=True)[CACHE].layers[0]) for row in rows]
     for side in ("left", "right"):
         ids, mask = padded(rows, side)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
         out = model(ids, attention_mask=mask, position_ids=position, use_cache=True)
-        found = out[CACHE].layers[0].recurrent_states[0]
-        torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5)
+        torch.testing.assert_close(state(out[CACHE].layers[0]), torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_texts_padded_on_the_right_go_on_from_their_cache() -> None:
+    """In three padded pieces, the last shorter than the convolution; logits and states are those of the whole texts."""
+    model = tiny_hybrid(tiny_teacher("qwen3"), keep=(1,))
+    pieces = [tokens(5, 20, 2, 9), tokens(3, 1, 40, 2, seed=3), tokens(2, 1, 1, 2, seed=4)]
+    seen, lengths, cache = torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, 1, dtype=torch.long), None
+    for piece in pieces:
+        ids, mask = padded(piece, "right")
+        seen = torch.cat([seen, mask], 1)
+        position = lengths + torch.arange(ids.shape[1])
+        given = {} if cache is None else {CACHE: cache}
+        out = model(ids, attention_mask=seen, position_ids=position, use_cache=True, **given)
+        cache, lengths = out[CACHE], lengths + mask.sum(1, keepdim=True)
+    for r in range(4):
+        whole = model(torch.cat([piece[r] for piece in pieces], 1), use_cache=True)
+        end = pieces[-1][r].shape[1] - 1
+        torch.testing.assert_close(out.logits[r, end], whole.logits[0, -1], rtol=0, atol=CLOSE)
+        for layer in (0, 2):
+            found, expected = (state(one.layers[layer]) for one in (cache, whole[CACHE]))
+            torch.testing.assert_close(found[r], expected[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
