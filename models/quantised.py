@@ -313,7 +313,9 @@ def kernel(model: Any) -> str:
             found.add(_name(module))
     if not found:
         quantiser = getattr(model, "hf_quantizer", None)
-        if quantiser is None or getattr(quantiser.quantization_config, "dequantize", False):
+        config = getattr(quantiser, "quantization_config", None)
+        # Of a GGUF file transformers unpacks what it has no kernel for, whatever it was told.
+        if config is None or getattr(config, "dequantize", False) or _method(config.to_dict()) == "gguf":
             return UNPACKED
         found.add(_name(quantiser))
     return f"{' and '.join(sorted(found))} on {next(model.parameters()).device.type}"
