@@ -58,7 +58,6 @@ NEUTRAL = {
     "num_gpu_blocks_override",
     "pipeline_parallel_size",
     "seed",
-    "swap_space",
     "tensor_parallel_size",
 }
 """Options with which the model is the same one, but for rounding: where it runs, and how much of it at a time."""
