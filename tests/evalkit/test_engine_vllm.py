@@ -160,9 +160,10 @@ def test_a_score_is_the_same_when_its_request_was_preempted(
     for seed in range(12):
         shared = ids(tokenizer, 60, 100 + seed)
         tails = tuple((*shared, *ids(tokenizer, 2 + n, n)) for n in range(3))
-        words = Generation(max_tokens=60)
-        requests.append(Request(prompt=ids(tokenizer, 97 + seed, seed), continuations=tails, generation=words))
-    few = {**OPTIONS, "max_num_seqs": 16, "num_gpu_blocks_override": 14, "max_model_len": 256}
+        words = Generation(max_tokens=90)
+        requests.append(Request(prompt=ids(tokenizer, 150 + seed, seed), continuations=tails, generation=words))
+    few = {**OPTIONS, "max_num_seqs": 16, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 20}
+    few["max_model_len"] = 288
     hf = open_engine(Spec(model=str(tmp_path), dtype="float32", device="cpu"))
     opened = open_engine(Spec(model=str(tmp_path), dtype="float32", engine="vllm", options=few))
     try:
@@ -348,7 +349,9 @@ def test_a_quantised_folder_runs_in_vllms_kernels_and_its_fingerprint_says_so(
 
 def test_a_gguf_file_is_refused_in_one_line(vllm: None, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ValueError, match="model.gguf is a GGUF file, which can't be run by vLLM on .* here; use --engine hf"):
+    with pytest.raises(
+        ValueError, match="model.gguf is a GGUF file, which can't be run by vLLM on .* here; use --engine hf"
+    ):
         open_engine(Spec(model=str(tmp_path / "model.gguf"), engine="vllm"))
 
 
