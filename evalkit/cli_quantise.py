@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from evalkit.cli import DType, Json, _quiet, app, console
+from evalkit.cli import DType, Json, Remote, Revision, _quiet, app, console
 
 Format = Literal["int4", "int8", "w8a8", "torchao-int4", "torchao-int8"]
 
@@ -29,13 +29,26 @@ def quantise(
         ),
     ] = None,
     dtype: DType = "auto",
+    revision: Revision = None,
+    trust_remote_code: Remote = False,
     json_output: Json = False,
 ) -> None:
-    """Write a copy of MODEL whose linear weights are rounded to nearest: on a CPU, without calibration data."""
+    """Write a copy of MODEL whose linear weights are rounded to nearest: on a CPU, without calibration data.
+
+    The output head stays as it is, and so do the KDA mixers of a hybrid, which vLLM reads plain.
+    """
     _quiet()
     from models.quantise import quantise as write
 
-    note = write(model, out, form, group_size=group_size, dtype=dtype)
+    note = write(
+        model,
+        out,
+        form,
+        group_size=group_size,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     if json_output:
         print(json.dumps(note, indent=2))
     else:

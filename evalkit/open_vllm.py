@@ -13,15 +13,24 @@ def open_vllm(spec: Spec) -> Opened:
 
     from evalkit.engines.hf import HFEngine
     from evalkit.engines.replies import eos_ids
-    from evalkit.engines.vllm import VLLMEngine, changes_model, need_vllm, start_llm, stop_llm
+    from evalkit.engines.vllm import (
+        VLLMEngine,
+        changes_model,
+        check_options,
+        kernel_name,
+        need_vllm,
+        start_llm,
+        stop_llm,
+    )
     from models.fingerprint import changed
     from models.load import is_delta, load, resolve
     from models.unloaded import describe_packed
 
     need_vllm()
+    check_options(spec.options, spec.device)
     how: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     source = resolve(spec.model)
-    loaded = None if is_delta(source) else describe_packed(spec.model, "run by vLLM", spec.dtype, **how)
+    loaded = None if is_delta(source) else describe_packed(spec.model, kernel_name(), spec.dtype, **how)
     loaded = loaded or load(spec.model, dtype=spec.dtype, device="cpu", **how)
     tokenizer, eos = loaded.tokenizer, eos_ids(loaded.model, loaded.tokenizer)
     window = HFEngine(loaded.model, tokenizer).max_length
@@ -47,7 +56,6 @@ def open_vllm(spec: Spec) -> Opened:
             source,
             dtype=model.dtype,
             window=window,
-            device=spec.device,
             batch_size=spec.batch_size,
             options=spec.options,
             **how,

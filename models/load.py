@@ -31,6 +31,7 @@ from models.quantised import (
     tokenizer_beside,
     unpack,
     unpacking,
+    with_size,
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,8 +96,7 @@ def load(
     dequantise: unpack a quantised model's weights while loading, or keep them packed; None: a GGUF file is unpacked,
     any other format as transformers has it.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    check_dtype(dtype)
     where = pick_device(device)
     source = resolve(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -109,12 +109,13 @@ def load(
     if teacher is not None:
         raise ValueError(f"teacher {teacher!r} was given, but {name} is no delta checkpoint: it has no {DELTA_FILE}")
     note = read_note(source)
-    with _one_line(name):
+    with one_line(name):
         known = stored(source, options)
         how = _how(source, known, dtype, where, dequantise, options)
         tokenizer = AutoTokenizer.from_pretrained(**_tokenizer_place(source), **options)
         model, info = AutoModelForCausalLM.from_pretrained(**how, output_loading_info=True, **options)
         model = (model if "device_map" in how else model.to(where)).eval()
+        known = known and with_size(known, source, revision)
     check_whole(name, model, info)
     loaded = describe(model, tokenizer, name, note, known)
     if known and dequantise is False and loaded.quantisation and loaded.quantisation.kernel == UNPACKED:
@@ -125,8 +126,15 @@ def load(
     return loaded
 
 
+def check_dtype(dtype: str) -> None:
+    """ValueError for a ``dtype`` that ``load`` doesn't know."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+
+
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def one_line(name: str) -> Iterator[None]:
+    """Whatever goes wrong while ``name`` is loaded is a ValueError of one line."""
     try:
         yield
     except Exception as error:  # transformers, safetensors, tokenizers and CUDA each raise types of their own
@@ -229,7 +237,7 @@ def resolve(name: str) -> str:
         path.is_file()
         or path.is_absolute()
         or name.startswith((".", "~"))
-        or (name.count("/") > 1 and not name.endswith(".gguf"))
+        or (name.count("/") > 1) != name.endswith(".gguf")  # org/name, or org/name/file.gguf
         or os.sep + os.sep in name
     ):
         kind = "GGUF file" if name.endswith(".gguf") else "model folder"

@@ -7,9 +7,10 @@ way may give other scores: so the kernel is named beside the format, in the fing
 
 import importlib.metadata
 import inspect
+import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
 WEIGHT_FILES = (".safetensors", ".bin")
+SAFETENSORS = "model.safetensors"
 UNPACKED = "dequantised when loaded"
+NOT_THE_MODEL = {"compressed-tensors": ("version", "quantization_status", "observer", "observer_kwargs")}
+"""Of a method's config, what says by which version and how the weights were found, not what they are."""
+WRITTEN_AS_OFF = ("include_input_output_embeddings", "untie_embedding_weights")
+"""Options that newer versions write down as false, and older ones don't know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +65,8 @@ class Stored:
     """The checkpoint's quantization_config; of a GGUF file its tensors by type."""
     detail: str
     """What the method's name leaves open: a GGUF file's types, a compressed-tensors format."""
-    size: int
-    """Bytes of the weights' files."""
+    size: int = 0
+    """Bytes of the weights' files; 0: not known yet."""
 
     @property
     def title(self) -> str:
@@ -127,9 +133,31 @@ def stored(source: str, options: Mapping[str, Any], here: bool = True) -> Stored
         )
     if here:
         need(method)
-    folder = Path(cached_file(source, "config.json", revision=options.get("revision"))).parent
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_FILES)
-    return Stored(method=method, config=known, detail=_detail(method, known), size=size)
+    return Stored(method=method, config=known, detail=_detail(method, known))
+
+
+def weight_files(source: str, revision: str | None = None, name: str = SAFETENSORS) -> list[Path]:
+    """The weights' files at ``source`` (folder or hub id, from where they are fetched): those that the index of
+    ``name`` lists, else ``name`` alone; empty: there is neither. ValueError: one that is listed is not there."""
+    how: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(source, f"{name}.index.json", **how)
+    if index is None:
+        one = cached_file(source, name, **how)
+        return [] if one is None else [Path(one)]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    found = {name: cached_file(source, name, **how) for name in names}
+    missing = [name for name, file in found.items() if file is None]
+    if missing:
+        raise ValueError(f"{index} lists {', '.join(missing[:3])}, which is not there; download or save it again")
+    return [Path(file) for file in found.values()]
+
+
+def with_size(known: Stored, source: str, revision: str | None = None) -> Stored:
+    """``known`` with the bytes of its weights, which are on this machine by now."""
+    if known.size:
+        return known
+    files = weight_files(source, revision) or weight_files(source, revision, "pytorch_model.bin")
+    return replace(known, size=sum(file.stat().st_size for file in files))
 
 
 def unpacking(source: str, known: Stored, options: Mapping[str, Any]) -> Any:
@@ -241,7 +269,7 @@ def quantisation(model: Any, known: Stored | None = None) -> Quantisation | None
         if live is None:
             return None
         config = live if isinstance(live, Mapping) else live.to_dict()
-        known = Stored(method=_method(config), config=config, detail=_detail(_method(config), config), size=0)
+        known = Stored(method=_method(config), config=config, detail=_detail(_method(config), config))
     with torch.device("meta"):
         plain = type(model)(model.config)
     return packed_as(known, kernel(model), sum(parameter.numel() for parameter in plain.parameters()))
@@ -253,7 +281,7 @@ def packed_as(known: Stored, kernel: str, parameters: int) -> Quantisation:
         method=known.method,
         title=known.title,
         kernel=kernel,
-        config=_on(known.config),
+        config=_on(known.config, NOT_THE_MODEL.get(known.method, ())),
         parameters=parameters,
         size=known.size,
     )
@@ -276,15 +304,20 @@ def kernel(model: Any) -> str:
     """What computes the quantised layers of ``model``: their classes, with the package they are of."""
     found = set()
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if is_traceable_wrapper_subclass(weight):
-            found.add(_name(weight))
+        wrapped = [one for one in module.parameters(recurse=False) if is_traceable_wrapper_subclass(one)]
+        if wrapped:
+            found |= {_name(one) for one in wrapped}
         elif hasattr(module, "quantization_scheme"):
             found.add("unpacked by compressed-tensors")
-        elif hasattr(module, "qweight") or _packed(weight):
+        elif _is_packed(module):
             found.add(_name(module))
     if not found:
-        return UNPACKED
+        quantiser = getattr(model, "hf_quantizer", None)
+        config = getattr(quantiser, "quantization_config", None)
+        # Of a GGUF file transformers unpacks what it has no kernel for, whatever it was told.
+        if config is None or getattr(config, "dequantize", False) or _method(config.to_dict()) == "gguf":
+            return UNPACKED
+        found.add(_name(quantiser))
     return f"{' and '.join(sorted(found))} on {next(model.parameters()).device.type}"
 
 
@@ -296,9 +329,17 @@ def tensors(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     return [pair for part in inner for pair in tensors(f"{name}.{part}", getattr(tensor, part))]
 
 
-def _packed(weight: Any) -> bool:
-    """Whether ``weight`` is no plain floating-point tensor of 16 bits or more."""
-    return isinstance(weight, torch.Tensor) and not (weight.is_floating_point() and weight.element_size() > 1)
+def _is_packed(module: Any) -> bool:
+    """Whether ``module`` itself holds integers or one-byte floats that are weights, under whatever name."""
+    fleeting = module._non_persistent_buffers_set
+    buffers = {
+        # Position ids and counters are int64, masks bool (in old code uint8, by the name of "bias").
+        name: one
+        for name, one in module.named_buffers(recurse=False)
+        if name not in fleeting and name != "bias" and one.dtype not in (torch.int64, torch.bool) and one.dim() > 1
+    }
+    own = [*module.parameters(recurse=False), *buffers.values()]
+    return any(not one.is_floating_point() or one.element_size() == 1 for one in own)
 
 
 def _name(thing: Any) -> str:
@@ -306,11 +347,15 @@ def _name(thing: Any) -> str:
     return f"{kind.__module__.partition('.')[0]} {kind.__name__}"
 
 
-def _on(config: Any) -> Any:
-    """``config`` without what is off or empty: newer versions add options, and write them down where they are off."""
+def _on(config: Any, without: Collection[str]) -> Any:
+    """``config`` but for ``without`` and what is empty or written down as off: newer versions add options."""
     if isinstance(config, Mapping):
-        kept = {str(name): _on(value) for name, value in config.items()}
-        return {name: value for name, value in kept.items() if value not in (None, False, "", [], {})}
+        kept = {str(name): _on(value, without) for name, value in config.items() if name not in without}
+        return {
+            name: value
+            for name, value in kept.items()
+            if not (value is None or value in ("", [], {}) or (value is False and name in WRITTEN_AS_OFF))
+        }
     if isinstance(config, (list, tuple)):
-        return [_on(value) for value in config]
+        return [_on(value, without) for value in config]
     return getattr(config, "value", config)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
 
 import models.hybrid  # noqa: F401  # tells transformers of hybrids, so that their configurations load
 from models.load import resolve
@@ -24,10 +25,10 @@ def load_served(name: str, *, revision: str | None = None, trust_remote_code: bo
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **how)
+        config = _config(source, how)
+        generation = read_generation(source, revision)
     except Exception as error:  # transformers and tokenizers raise types of their own
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
-    config = _or_none(AutoConfig, source, how)
-    generation = _or_none(GenerationConfig, source, {"revision": revision})
     if generation is None and config is not None:
         generation = GenerationConfig.from_model_config(config)
     text = None if config is None else config.get_text_config()
@@ -35,8 +36,21 @@ def load_served(name: str, *, revision: str | None = None, trust_remote_code: bo
     return Served(tokenizer=tokenizer, generation_config=generation, window=window)
 
 
-def _or_none(kind: Any, source: str, how: dict[str, Any]) -> Any:
-    try:
-        return kind.from_pretrained(source, **how)
-    except (OSError, ValueError):  # a folder with a tokenizer alone is enough
+def read_generation(source: str, revision: str | None) -> Any:
+    """The generation_config.json of a folder or hub id; None: it has none. OSError: it can't be read."""
+    if not _has(source, "generation_config.json", revision):
         return None
+    return GenerationConfig.from_pretrained(source, revision=revision)
+
+
+def _config(source: str, how: dict[str, Any]) -> Any:
+    if not _has(source, "config.json", how["revision"]):  # a folder with a tokenizer alone is enough
+        return None
+    try:
+        return AutoConfig.from_pretrained(source, **how)
+    except ValueError:  # an architecture that is new to transformers: the server knows it
+        return None
+
+
+def _has(source: str, file: str, revision: str | None) -> bool:
+    return cached_file(source, file, revision=revision, _raise_exceptions_for_missing_entries=False) is not None

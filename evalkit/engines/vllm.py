@@ -6,19 +6,63 @@ one request, and nothing is generated beyond that step. Everything is vLLM's raw
 tokens that were asked for, however unlikely they are.
 """
 
+import difflib
 import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from evalkit.encoding import CLOSE, OPEN, Tokenizer
 from evalkit.engines.replies import cut_reply, decode, first_stop
 from evalkit.records import Generated, Generation, Reply, Request
 
-OWN_OPTIONS = ("model", "tokenizer", "dtype", "revision", "trust_remote_code", "generation_config", "logprobs_mode")
-"""Options of ``vllm.LLM`` that evalkit sets itself."""
+OWN_OPTIONS = (
+    "model",
+    "tokenizer",
+    "dtype",
+    "revision",
+    "trust_remote_code",
+    "generation_config",
+    "logprobs_mode",
+    "disable_log_stats",
+    "tokenizer_revision",
+    "code_revision",
+    "hf_config_path",
+)
+"""Options of ``vllm.LLM`` that evalkit sets itself, or leaves to follow from what it sets."""
+NEUTRAL = {
+    "attention_backend",
+    "block_size",
+    "compilation_config",
+    "cpu_offload_gb",
+    "cudagraph_capture_sizes",
+    "disable_custom_all_reduce",
+    "distributed_executor_backend",
+    "download_dir",
+    "enable_chunked_prefill",
+    "enable_expert_parallel",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "mamba_block_size",
+    "mamba_cache_mode",
+    "max_logprobs",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+    "num_gpu_blocks_override",
+    "pipeline_parallel_size",
+    "seed",
+    "tensor_parallel_size",
+}
+"""Options with which the model is the same one, but for rounding: where it runs, and how much of it at a time."""
+BATCHED_TOKENS = 2048
+"""Of a step on a GPU, unless an option says else: each may need a row of float32 logits as wide as the vocabulary."""
 WIDTH = 128
 """Tokens whose log-probability vLLM reads at one step (its MAX_LOGPROB_TOKEN_IDS)."""
 
@@ -38,6 +82,8 @@ class _Scores(_Job):
     """The continuations' tokens before their last one."""
     last: dict[int, list[int]]
     """Last token -> which continuations it ends."""
+    fresh: bool = False
+    """Computed without the prefix cache."""
 
 
 @dataclass(slots=True)
@@ -89,12 +135,13 @@ class VLLMEngine:
                 for job in jobs:
                     self._start(job, running)
             while running:
-                for output in engine.step():
+                for output in self._step(running):
                     job = running.pop(output.request_id)
                     if isinstance(job, _Scores):
                         found = _read(job, output)
                         if found is None:
-                            self._start(job, running, fresh=True)
+                            job.fresh = True
+                            self._start(job, running)
                             continue
                         for continuation, row in found:
                             rows[job.index][continuation] = row
@@ -111,7 +158,17 @@ class VLLMEngine:
             if running:  # whoever asked stopped listening
                 engine.abort_request(list(running))
 
-    def _start(self, job: _Job, running: dict[str, _Job], *, fresh: bool = False) -> None:
+    def _step(self, running: dict[str, _Job]) -> Any:
+        """What finished in vLLM's next step. ValueError: it failed; what was ``running`` is given up."""
+        try:
+            return self.llm.llm_engine.step()
+        except Exception as error:  # vLLM, torch and CUDA each raise types of their own
+            with suppress(Exception):  # an engine that died can't end its requests; its own error is the one to tell
+                self.llm.llm_engine.abort_request(list(running))
+            running.clear()
+            raise ValueError(f"vLLM failed while it ran: {_line(error)}; {_advice(error)}") from error
+
+    def _start(self, job: _Job, running: dict[str, _Job]) -> None:
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -122,7 +179,7 @@ class VLLMEngine:
             if job.head:
                 # vLLM would not read its prefix cache here, since what it finds there has no log-probabilities. Those
                 # of the question are not asked for; _read looks whether more than that was found.
-                params |= {"prompt_logprobs": 0, "skip_reading_prefix_cache": fresh}
+                params |= {"prompt_logprobs": 0, "skip_reading_prefix_cache": job.fresh}
         else:
             assert isinstance(job, _Words)
             generation = job.generation
@@ -174,11 +231,13 @@ def _jobs(index: int, request: Request) -> Iterator[_Job]:
 
 
 def _read(job: _Scores, output: Any) -> Iterator[tuple[int, tuple[float, ...]]] | None:
-    """(continuation, its log-probabilities) each; None where the prefix cache took more than the prompt, so that the
-    head's log-probabilities were not computed."""
+    """(continuation, its log-probabilities) each; None where log-probabilities of the head may not have been computed:
+    the prefix cache took more than the prompt, at the start or when the request went on after a preemption."""
     before: tuple[float, ...] = ()
     if job.head:
-        if (output.num_cached_tokens or 0) >= len(job.prompt):
+        cached = (output.num_cached_tokens or 0) >= len(job.prompt)
+        short = len(output.prompt_logprobs or ()) < len(job.head)
+        if not job.fresh and (cached or short or output.metrics.num_preemptions):
             return None
         # Counted from the end: one of vLLM's runners leaves cached positions out, the other one leaves them unset.
         places = output.prompt_logprobs[-len(job.head) :]
@@ -204,10 +263,53 @@ def need_vllm() -> None:
 
 
 def changes_model(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``options`` with which the model is another one, beyond rounding."""
-    found = {name: options[name] for name in ("quantization", "kv_cache_dtype") if options.get(name)}
-    overrides = {name: value for name, value in options.get("hf_overrides", {}).items() if name != "head_dtype"}
+    """Those of ``options`` with which the model is another one, or may be: all that are not ``NEUTRAL``."""
+    found = {name: value for name, value in options.items() if name not in NEUTRAL and value not in (None, "auto")}
+    overrides = {name: value for name, value in (found.pop("hf_overrides", None) or {}).items() if name != "head_dtype"}
     return found | ({"hf_overrides": overrides} if overrides else {})
+
+
+def check_options(options: Mapping[str, Any], device: str = "auto") -> None:
+    """Comes before anything is loaded. ValueError: an option that vLLM doesn't know, that evalkit sets itself or that
+    leaves no model to score, or another device than vLLM's."""
+    for name in OWN_OPTIONS:
+        if name in options:
+            raise ValueError(f"engine option {name!r} is set by evalkit itself; leave it out")
+    if int(options.get("data_parallel_size") or 1) > 1:
+        raise ValueError(
+            "engine option 'data_parallel_size' needs a server; use --workers N for N replicas, or tensor_parallel_size"
+        )
+    if options.get("load_format") == "dummy":
+        raise ValueError("engine option 'load_format' is 'dummy', which scores random weights; leave it out")
+    overrides = options.get("hf_overrides")
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise ValueError(
+            f"engine option 'hf_overrides' is {overrides!r}: expected names and values, as in "
+            f"--engine-option 'hf_overrides={{head_dtype: model}}'"
+        )
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+    except Exception as error:  # a library of the GPU that is missing, for one
+        raise ValueError(f"vLLM could not be imported: {_line(error)}") from error
+    known = [one.name for one in fields(EngineArgs)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"vLLM has no option {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    if device not in ("auto", current_platform.device_type):
+        raise ValueError(
+            f"device {device!r} was asked for, but this vLLM runs on {current_platform.device_type}; use --device "
+            f"auto (CUDA_VISIBLE_DEVICES chooses among GPUs)"
+        )
+
+
+def kernel_name() -> str:
+    """What runs a quantised model. vLLM chooses among its kernels by what the device can do."""
+    from vllm.platforms import current_platform
+
+    able = current_platform.get_device_capability()
+    return f"run by vLLM on {current_platform.device_type}{f' {able.as_version_str()}' if able else ''}"
 
 
 def start_llm(
@@ -215,7 +317,6 @@ def start_llm(
     *,
     dtype: str,
     window: int,
-    device: str = "auto",
     batch_size: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -224,32 +325,22 @@ def start_llm(
     """A ``vllm.LLM`` over the folder or hub id ``source``.
 
     window: the model's (tokens), used whole unless ``options`` have a max_model_len. options: of ``vllm.LLM``.
-    ValueError: an option that vLLM doesn't know or that evalkit sets itself, another device, or what vLLM says.
+    They were let pass by ``check_options``. ValueError: what vLLM says.
     """
-    for name in OWN_OPTIONS:
-        if name in options:
-            raise ValueError(f"engine option {name!r} is set by evalkit itself; leave it out")
-    if int(options.get("data_parallel_size", 1)) > 1:
-        raise ValueError(
-            "engine option 'data_parallel_size' needs a server (vLLM runs one replica without a server): use "
-            "tensor_parallel_size, or `vllm serve --data-parallel-size N`"
-        )
-    given: dict[str, Any] = {"seed": 0, "disable_log_stats": True, "enable_prefix_caching": True, **options}
+    # Statistics tell of each request how often it was preempted.
+    given: dict[str, Any] = {"seed": 0, "enable_prefix_caching": True, **options, "disable_log_stats": False}
     if batch_size is not None:
         given.setdefault("max_num_seqs", batch_size)
     if window < 2**31:
         given.setdefault("max_model_len", window)
     if dtype != "float32":  # a bfloat16 head rounds logits so coarsely that choices tie
-        given["hf_overrides"] = {"head_dtype": "float32", **given.get("hf_overrides", {})}
+        given["hf_overrides"] = {"head_dtype": "float32", **(given.get("hf_overrides") or {})}
     try:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        if device not in ("auto", current_platform.device_type):
-            raise ValueError(
-                f"device {device!r} was asked for, but this vLLM runs on {current_platform.device_type}; use --device "
-                f"auto (CUDA_VISIBLE_DEVICES chooses among GPUs)"
-            )
+        if current_platform.is_cuda_alike() and given.get("enable_chunked_prefill", True):
+            given.setdefault("max_num_batched_tokens", max(BATCHED_TOKENS, given.get("max_num_seqs") or 0))
         return LLM(
             model=source,
             dtype=dtype,
@@ -260,7 +351,7 @@ def start_llm(
             **given,
         )
     except Exception as error:  # vLLM, torch, transformers and CUDA each raise types of their own
-        raise ValueError(f"vLLM could not start with {source}: {_line(error)}") from error
+        raise ValueError(f"vLLM could not start with {source}: {_line(error)}{_start_advice(error)}") from error
 
 
 def stop_llm(llm: Any) -> None:
@@ -273,3 +364,15 @@ def stop_llm(llm: Any) -> None:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _advice(error: BaseException) -> str:
+    if "out of memory" in str(error).lower():
+        return "give --engine-option max_num_batched_tokens=512, or a lower gpu_memory_utilization or max_num_seqs"
+    return "VLLM_LOGGING_LEVEL=INFO shows its messages, and --engine-option enforce_eager=true runs it without graphs"
+
+
+def _start_advice(error: BaseException) -> str:
+    if "head_dtype" in str(error):  # a quantised head
+        return "; give --engine-option 'hf_overrides={head_dtype: model}'"
+    return ""

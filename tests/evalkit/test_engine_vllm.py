@@ -1,10 +1,12 @@
 """vLLM against the transformers engine: the same tokens in, the same scores and replies out, in float32."""
 
+import dataclasses
 import importlib.util
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,6 +141,38 @@ def test_texts_that_share_cached_blocks_past_the_prompt_are_scored_whole(
     one, other = pair.both(Request(prompt=prompt, continuations=tails))
     assert_close(one[0], other[0])
     assert None in found, "no text was found in the cache past its prompt: the test shows nothing"
+
+
+def test_a_score_is_the_same_when_its_request_was_preempted(
+    vllm: None, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies grow, cache blocks are few, and texts share blocks past their prompts."""
+    read, preempted = engine_module._read, []
+
+    def spied(job: Any, output: Any) -> Any:
+        preempted.append(output.metrics.num_preemptions)
+        return read(job, output)
+
+    monkeypatch.setattr(engine_module, "_read", spied)
+    tiny_qwen3(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    requests = []
+    for seed in range(12):
+        shared = ids(tokenizer, 60, 100 + seed)
+        tails = tuple((*shared, *ids(tokenizer, 2 + n, n)) for n in range(3))
+        words = Generation(max_tokens=90)
+        requests.append(Request(prompt=ids(tokenizer, 150 + seed, seed), continuations=tails, generation=words))
+    few = {**OPTIONS, "max_num_seqs": 16, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 20}
+    few["max_model_len"] = 288
+    hf = open_engine(Spec(model=str(tmp_path), dtype="float32", device="cpu"))
+    opened = open_engine(Spec(model=str(tmp_path), dtype="float32", engine="vllm", options=few))
+    try:
+        found = dict(opened.engine.answer(requests))
+    finally:
+        opened.close()
+    for index, reply in hf.engine.answer(requests):
+        assert_close(reply, found[index])
+    assert any(preempted), "no score request was preempted: the test shows nothing"
 
 
 @random
@@ -303,7 +337,7 @@ def test_a_quantised_folder_runs_in_vllms_kernels_and_its_fingerprint_says_so(
     models = [run.manifest.model for run in (one, other)]
     assert models[0].fingerprint != models[1].fingerprint and models[0].parameters == models[1].parameters
     assert models[0].parts["tokenizer"] == models[1].parts["tokenizer"]
-    assert '"kernel": "run by vLLM"' in models[1].parts["quantisation"] and "run by vLLM" in models[1].note
+    assert '"kernel": "run by vLLM on cpu"' in models[1].parts["quantisation"] and "run by vLLM on" in models[1].note
     same, gaps = 0, []
     for item, record in one.records("quick").items():
         [a], [b] = record.outcomes, other.records("quick")[item].outcomes
@@ -315,7 +349,9 @@ def test_a_quantised_folder_runs_in_vllms_kernels_and_its_fingerprint_says_so(
 
 def test_a_gguf_file_is_refused_in_one_line(vllm: None, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(ValueError, match="model.gguf is a GGUF file, which can't be run by vLLM here"):
+    with pytest.raises(
+        ValueError, match="model.gguf is a GGUF file, which can't be run by vLLM on .* here; use --engine hf"
+    ):
         open_engine(Spec(model=str(tmp_path / "model.gguf"), engine="vllm"))
 
 
@@ -330,27 +366,110 @@ def test_without_vllm_one_line_names_the_extra(tiny_folder: Path, monkeypatch: p
     ("options", "message"),
     [
         ({"logprobs_mode": "raw_logits"}, "'logprobs_mode' is set by evalkit itself"),
-        ({"data_parallel_size": 2}, "vLLM runs one replica without a server"),
+        ({"tokenizer_revision": "main"}, "'tokenizer_revision' is set by evalkit itself"),
+        ({"hf_config_path": "elsewhere"}, "'hf_config_path' is set by evalkit itself"),
+        ({"data_parallel_size": 2}, "'data_parallel_size' needs a server; use --workers N for N replicas"),
+        ({"load_format": "dummy"}, "'load_format' is 'dummy', which scores random weights"),
+        ({"hf_overrides": "model"}, "'hf_overrides' is 'model': expected names and values, as in --engine-option"),
     ],
 )
 def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        engine_module.start_llm("folder", dtype="float32", window=10, options=options)
+        engine_module.check_options(options)
 
 
-def test_options_that_alter_the_model_give_it_another_fingerprint() -> None:
-    plain = {"enforce_eager": True, "quantization": None, "hf_overrides": {"head_dtype": "model"}}
-    assert engine_module.changes_model(plain) == {}
-    other = engine_module.changes_model({"quantization": "fp8", "hf_overrides": {"head_dtype": "model", "rope": 2}})
-    assert other == {"quantization": "fp8", "hf_overrides": {"rope": 2}}
+def test_only_neutral_options_leave_the_fingerprint_alone() -> None:
+    plain = {**OPTIONS, "tensor_parallel_size": 2, "quantization": None, "kv_cache_dtype": "auto"}
+    assert engine_module.changes_model({**plain, "hf_overrides": {"head_dtype": "model"}}) == {}
+    other = {"quantization": "fp8", "mamba_ssm_cache_dtype": "float16", "enable_lora": True, "an_option_to_come": 0}
+    overrides = {"head_dtype": "model", "rope": 2}
+    found = engine_module.changes_model({**plain, **other, "hf_overrides": overrides})
+    assert found == {**other, "hf_overrides": {"rope": 2}}
     parts = {"weights": "w", "quantisation": "none"}
-    found, identity = changed(parts, other)
-    assert found["weights"] == "w" and "fp8" in found["quantisation"]
+    altered, identity = changed(parts, other)
+    assert altered["weights"] == "w" and "fp8" in altered["quantisation"]
     assert identity != changed(parts, {"quantization": "awq"})[1]
 
 
+def test_neutral_options_are_vllms(vllm: None) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {one.name for one in dataclasses.fields(EngineArgs)}
+    assert engine_module.NEUTRAL | set(engine_module.OWN_OPTIONS) <= known
+
+
+def test_an_option_that_vllm_does_not_know_or_another_device_is_told_before_anything_is_loaded(vllm: None) -> None:
+    with pytest.raises(ValueError, match="vLLM has no option 'max_model_length'; did you mean 'max_model_len'"):
+        open_engine(Spec(model="nobody/nothing", engine="vllm", options={"max_model_length": 10}))
+    with pytest.raises(ValueError, match="device 'mps' was asked for, but this vLLM runs on"):
+        open_engine(Spec(model="nobody/nothing", engine="vllm", device="mps"))
+
+
 def test_what_vllm_says_of_an_option_is_one_line(vllm: None, tiny_folder: Path) -> None:
-    for options, word in (({"no_such_option": 1}, "no_such_option"), ({"max_model_len": 10**6}, "max_model_len")):
-        with pytest.raises(ValueError, match=f"vLLM could not start with .*{word}") as error:
-            engine_module.start_llm(str(tiny_folder), dtype="float32", window=64, options={**OPTIONS, **options})
-        assert "\n" not in str(error.value)
+    options = {**OPTIONS, "max_model_len": 10**6}
+    with pytest.raises(ValueError, match="vLLM could not start with .*max_model_len") as error:
+        engine_module.start_llm(str(tiny_folder), dtype="float32", window=64, options=options)
+    assert "\n" not in str(error.value)
+
+
+class Broken:
+    """A ``vllm.LLM`` whose steps fail, and which can't end its requests either."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.llm_engine = self
+
+    def step(self) -> Any:
+        raise self.error
+
+    def abort_request(self, names: list[str]) -> None:
+        raise RuntimeError("the engine is dead")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            RuntimeError("CUDA out of memory.\nTried to"),
+            "out of memory. Tried to; give --engine-option max_num_batched",
+        ),
+        (RuntimeError("no kernel image"), "vLLM failed while it ran: no kernel image; VLLM_LOGGING_LEVEL=INFO"),
+    ],
+)
+def test_a_step_that_fails_is_told_in_one_line_with_its_own_error(
+    error: Exception, message: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: Any, job: Any, running: dict[str, Any]) -> None:
+        running["1"] = job
+
+    monkeypatch.setattr(engine_module.VLLMEngine, "_start", start)
+    engine = engine_module.VLLMEngine(Broken(error), tokenizer, eos=frozenset({1}), window=64)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(engine.answer([Request(prompt=(5, 6), continuations=((7,),))]))
+    assert caught.value.__cause__ is error and "\n" not in str(caught.value)
+
+
+@dataclass
+class Said:
+    logprob: float
+
+
+def output(*, cached: int = 0, preemptions: int = 0, places: int = 4) -> Any:
+    """vLLM's, of the tokens 5, 6, 7, 8, of which 9 comes next."""
+    rows = [{token: Said(-float(token))} for token in (5, 6, 7, 8)]
+    return SimpleNamespace(
+        num_cached_tokens=cached,
+        metrics=SimpleNamespace(num_preemptions=preemptions),
+        prompt_logprobs=rows[len(rows) - places :],
+        outputs=[SimpleNamespace(logprobs=[{9: Said(-9.0)}])],
+    )
+
+
+def test_scores_that_a_preemption_or_the_cache_may_have_left_unset_are_asked_for_again() -> None:
+    job = engine_module._Scores(0, (5, 6), (7, 8), {9: [0]})
+    for unset in (output(preemptions=1), output(cached=2), output(places=1)):
+        assert engine_module._read(job, unset) is None
+    wanted = [(0, (-7.0, -8.0, -9.0))]
+    assert [list(engine_module._read(job, one) or ()) for one in (output(), output(cached=1, places=3))] == [wanted] * 2
+    job.fresh = True
+    assert list(engine_module._read(job, output(preemptions=1)) or ()) == wanted, "nothing came from the cache"

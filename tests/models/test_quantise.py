@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 import evalkit as ek
 from evalkit.engines.hf import HFEngine
@@ -13,7 +15,8 @@ from evalkit.records import Request
 from models.load import describe, load
 from models.quantise import BITS, quantise
 from models.students import make_student
-from tests.tiny import tiny_llama, tiny_qwen3, tiny_tokenizer
+from tests.models.hybrids import tiny_hybrid, tiny_teacher
+from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
 
 # Older compressed-tensors, the last ones for Python 3.10, compile a helper with torch.jit when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -23,6 +26,8 @@ PROSE = (
     "does not. In autumn the leaves of many trees turn red and yellow before they fall to the ground."
 )
 IDS = torch.arange(5, 25)[None]
+TWO_WAYS = "5.20"
+"""transformers from which on "dequantise" unpacks compressed-tensors without its rules for activations."""
 COMPRESSED = [form for form in BITS if not form.startswith("torchao-")]
 """Those of compressed-tensors."""
 
@@ -116,7 +121,7 @@ def test_a_copy_is_described(form: str, tiny_folder: Path, tmp_path: Path) -> No
     assert {name for name in copy.parts if copy.parts[name] != teacher.parts[name]} == {"weights", "quantisation"}
     assert load(str(tmp_path / "copy")).identity == copy.identity
     used = describe(copy.model, copy.tokenizer, "used")
-    assert used.parts["weights"] == copy.parts["weights"], "a pass leaves the weights as they were"
+    assert used.parts == copy.parts, "a live model is the one that was loaded"
     first = next(name for name, tensor in copy.model.state_dict().items() if name.endswith("q_proj.weight"))
     with torch.no_grad():
         weight = copy.model.get_parameter(first)
@@ -163,12 +168,27 @@ def test_the_same_checkpoint_in_another_kernel_is_another_model(
     quantise(str(tiny_folder), tmp_path / "copy", form)
     own, other = (load(str(tmp_path / "copy"), dequantise=way) for way in (None, True))
     assert own.quantisation and other.quantisation
-    alike = own.quantisation.kernel == other.quantisation.kernel  # older transformers unpack in one way only
-    assert (own.identity == other.identity) == alike
-    if form != "w8a8":
+    assert own.quantisation.kernel == "unpacked by compressed-tensors on cpu"
+    one_way = Version(transformers.__version__) < Version(TWO_WAYS)
+    assert other.quantisation.kernel == (own.quantisation.kernel if one_way else "dequantised when loaded")
+    assert (own.identity == other.identity) == one_way
+    if form != "w8a8" or one_way:
         torch.testing.assert_close(logits(own.model), logits(other.model), rtol=0, atol=1e-6)
-    elif not alike:
+    else:
         assert (logits(own.model) - logits(other.model)).abs().max() > 5e-2, "unpacked, it rounds no activations"
+
+
+def test_a_hybrids_mixers_stay_plain(form: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    teacher = tiny_teacher("llama", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64)
+    tiny_hybrid(teacher).save_pretrained(tmp_path / "hybrid")
+    tokenizer.save_pretrained(tmp_path / "hybrid")
+    quantise(str(tmp_path / "hybrid"), tmp_path / "copy", form)
+    plain, copy = load(str(tmp_path / "hybrid")), load(str(tmp_path / "copy"))
+    assert "weights of its 13 linear layers" in copy.note, "3 MLPs and the attention of one layer, 3 x 3 + 4 x 1"
+    for name, weight in plain.model.named_parameters():
+        if ".kda." in name:
+            assert torch.equal(copy.model.get_parameter(name), weight)
 
 
 def test_a_run_says_how_its_model_is_quantised(torchao: None, tiny_folder: Path, tmp_path: Path) -> None:
@@ -195,6 +215,10 @@ def test_what_cannot_be_quantised_is_told(
         quantise(tiny, out, "int4", group_size=48)
     with pytest.raises(ValueError, match="w8a8 has one scale a row"):
         quantise(tiny, out, "w8a8", group_size=32)
+    tiny_gpt2(400).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"\(GPT2LMHeadModel\) has 0% of its weights in linear layers"):
+        quantise(str(tmp_path / "gpt2"), out, "int4")
     with pytest.raises(ValueError, match="is the model's own folder, or holds it"):
         quantise(tiny, tiny_folder, "int8")
     (tmp_path / "thesis.tex").touch()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from models.load import load, resolve
-from models.quantised import FORMATS, UNPACKED, need
+from models.quantised import FORMATS, UNPACKED, _on, kernel, need
 from tests.models.gguf_files import qwen3, write_gguf
 from tests.tiny import tiny_tokenizer
 
@@ -199,6 +199,51 @@ def test_a_plain_model_is_not_dequantised(tiny_folder: Path) -> None:
     assert loaded.quantisation is None and loaded.parts["quantisation"] == "none" and loaded.note == ""
     with pytest.raises(ValueError, match="dequantise was given, but its weights are not quantised"):
         load(str(tiny_folder), dequantise=True)
+
+
+class Packed(torch.nn.Linear):
+    """A layer with a tensor of its own."""
+
+    def __init__(self, tensor: torch.Tensor, name: str, *, parameter: bool) -> None:
+        super().__init__(2, 2)
+        if parameter:
+            self.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(name, tensor)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name", "parameter"),
+    [
+        (torch.zeros(2, 2, dtype=torch.uint8), "gate_up_proj_blocks", True),
+        (torch.zeros(2, 2, dtype=torch.uint8), "W_q", True),
+        (torch.zeros(2, 2, dtype=torch.int32), "qweight", False),
+        (torch.zeros(2, 2, dtype=torch.float8_e4m3fn), "packed", True),
+    ],
+)
+def test_packed_weights_are_seen_under_any_name(tensor: torch.Tensor, name: str, parameter: bool) -> None:
+    assert kernel(torch.nn.Sequential(Packed(tensor, name, parameter=parameter))) == "tests Packed on cpu"
+
+
+def test_positions_masks_and_counters_are_no_weights() -> None:
+    for tensor, name in (
+        (torch.arange(6)[None], "position_ids"),
+        (torch.ones(1, 1, 4, 4, dtype=torch.bool), "causal"),
+        (torch.ones(1, 1, 4, 4, dtype=torch.uint8), "bias"),
+        (torch.tensor(3), "num_batches_tracked"),
+    ):
+        module = torch.nn.Module()
+        module.plain = torch.nn.Linear(2, 2)
+        module.register_buffer(name, tensor)
+        assert kernel(module) == UNPACKED
+
+
+def test_what_is_false_or_zero_in_a_config_counts() -> None:
+    """bitsandbytes' threshold, AWQ's zero points and layout; not what newer versions add, or who wrote it."""
+    known = {"llm_int8_threshold": 0.0, "zero_point": False, "version": "gemm", "ignore": [], "scheme": None}
+    assert _on(known, ()) == {"llm_int8_threshold": 0.0, "zero_point": False, "version": "gemm"}
+    assert _on({"quant_type": "int8", "untie_embedding_weights": False}, ()) == {"quant_type": "int8"}
+    assert _on({"groups": [{"version": "0.20", "bits": 4}]}, ("version",)) == {"groups": [{"bits": 4}]}
 
 
 @pytest.mark.parametrize("way", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
