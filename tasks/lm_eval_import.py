@@ -404,8 +404,8 @@ def _golds(
     golds = [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]
     golds = [one for one in golds if 0 <= one < len(choices)]
     if not golds and not text:
-        kind = ValueError if float(sample.get("acc", 0)) else _NoGold  # lm-eval counts what has no gold as wrong
-        raise _bad(part, sample, f"its target {target!r} is none of the {len(choices)} choices", kind)
+        error = _bad(part, sample, f"its target {target!r} is none of the {len(choices)} choices")
+        raise error if float(sample.get("acc", 0)) else _NoGold(error)  # lm-eval counts what has no gold as wrong
     return golds or text
 
 
@@ -416,8 +416,8 @@ def _delimiter(part: Part) -> str:
     return "" if chat else str(part.config.get("target_delimiter", " "))
 
 
-def _bad(part: Part, sample: Mapping[str, Any], what: str, kind: type[ValueError] = ValueError) -> ValueError:
-    return kind(
+def _bad(part: Part, sample: Mapping[str, Any], what: str) -> ValueError:
+    return ValueError(
         f"{part.samples}, document {sample['doc_id']} of {part.task!r}: {what}; leave the task out with --tasks"
     )
 

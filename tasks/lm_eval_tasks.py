@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.records import Item, Mode, Normalisation
+from evalkit.records import GENERATION, Item, Mode, Normalisation
 from evalkit.registry import Task
-from tasks.lm_eval_free import free_items, word_items
+from tasks.lm_eval_free import free_items, try_judge, word_items
 from tasks.lm_eval_kinds import Kind, kind_of, metric_of, mode_word
 from tasks.lm_eval_text import choice_items
 
@@ -90,9 +90,16 @@ def lm_eval_tasks(
     ValueError: a task that can't be scored in all ``modes``, and why; members of a group are left out with a warning.
     """
     found, refused = [], []
-    for member in _members(name, include_path):
-        kind = kind_of(member.config)
-        if set(modes) <= set(kind.modes):
+    behind = _members(name, include_path)
+    for member in behind:
+        config = member.config
+        kind = kind_of(config)
+        if set(modes) <= set(kind.modes) and shots and config.get("num_fewshot") == 0:
+            refused.append(
+                f"{PREFIX}{member.name} fixes num_fewshot: 0 in its YAML, so lm-eval gives it no examples; leave "
+                f"--shots out"
+            )
+        elif set(modes) <= set(kind.modes):
             found.append(member)
         elif kind.modes:
             word = mode_word(kind.modes)
@@ -103,7 +110,7 @@ def lm_eval_tasks(
         raise ValueError(refused[0] + (f" (and {len(refused) - 1} more of {name})" if len(refused) > 1 else ""))
     for line in refused:
         logger.warning("%s; it is left out of %s", line, name)
-    return [_task(member.load(), shots) for member in found]
+    return [_task(member.load(), modes, shots) for member in found]
 
 
 def members(name: str, include_path: str | None = None) -> list[str]:
@@ -133,6 +140,11 @@ def _members(name: str, include_path: str | None) -> list[Member]:
             )
         return [Member(name=entry.name, entry=entry, changes={})]
     index = manager(include_path).task_index
+    group, inline, _ = name.partition("::")
+    if inline and group in index:  # a task that the group's YAML defines itself
+        found = [member for member in _expanded(index, group, {}) if member.name == name]
+        if found:
+            return found[:1]
     if name not in index:
         near = difflib.get_close_matches(name, index, n=1, cutoff=0.4)
         guess = f"did you mean {PREFIX}{near[0]}? " if near else ""
@@ -182,19 +194,26 @@ def _of_group(
             yield Member(name=f"{group}::{called}", entry=None, changes={**changes, **own})
 
 
-def _task(task: Any, shots: int | None) -> Task:
+def _task(task: Any, modes: Collection[Mode], shots: int | None) -> Task:
     """lm-eval's task object as a task of both modes; ``shots`` overrides its own number of examples, as in lm-eval."""
     name, config = f"{PREFIX}{task.task_name}", task.config
     own = config.num_fewshot or 0
-    if shots is not None and config.num_fewshot == 0 and shots:
-        raise ValueError(f"{name} fixes num_fewshot: 0 in its YAML, so lm-eval gives it no examples; leave --shots out")
     number = own if shots is None else shots
     task.set_config("num_fewshot", number)
     task.set_fewshot_seed(FEWSHOT_SEED)
     make = {"multiple_choice": choice_items, "loglikelihood": word_items, "generate_until": free_items}
-    items, bad = make[task.OUTPUT_TYPE](task, name, number)
+    try:
+        items, bad = make[task.OUTPUT_TYPE](task, name, number)
+    except Exception as error:  # whatever the YAML's templates and functions and lm-eval's samplers raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"{name}: lm-eval can't write its documents with {number} examples ({type(error).__name__}: {reason}); "
+            f"correct its YAML or lower --shots"
+        ) from error
     if not items:
         raise ValueError(f"{name}: no document makes an item; the first: {bad[0] if bad else 'there is none'}")
+    if GENERATION in modes and task.OUTPUT_TYPE == "generate_until":
+        try_judge(task, name, items[0])
     if bad:
         logger.warning("%s: %d of %d documents are left out; %s", name, len(bad), len(bad) + len(items), bad[0])
     lettered = task.OUTPUT_TYPE == "multiple_choice"
