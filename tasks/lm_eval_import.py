@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evalkit.naming import IMPORTED
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, ItemRecord, Mode, Normalisation, Outcome, TaskEntry
 from evalkit.scoring import decide
 from evalkit.settings import Settings
@@ -72,7 +73,7 @@ def import_run(folder: Path, out: Path | None, tasks: Collection[str] | None = N
     manifest = Manifest(
         model=Model(
             name=str(newest["model_name"]),
-            fingerprint=f"lm-eval {hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}",
+            fingerprint=f"{IMPORTED}{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}",
             parts=identity,
             dtype=identity.get("model_dtype", "").removeprefix("torch."),
             parameters=max(0, int(newest["config"].get("model_num_parameters") or 0)),
@@ -149,7 +150,9 @@ def _identity(folder: Path, parts: Sequence[Part]) -> dict[str, str]:
     for part in parts:
         known = {**part.results["config"], **part.results}
         told = {key: known[key] for key in IDENTITY if known.get(key)}
-        found.append({key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in told.items()})
+        found.append(
+            {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in told.items()}
+        )
     for part, one in zip(parts, found, strict=True):
         if one != found[0]:
             key = next(key for key in IDENTITY if one.get(key) != found[0].get(key))
@@ -385,7 +388,7 @@ def _loglikelihood(part: Part, sample: Mapping[str, Any], resp: Any) -> float:
 def _golds(
     part: Part, sample: Mapping[str, Any], choices: Sequence[str], sums: Sequence[float], apart: bool, by_text: bool
 ) -> list[int]:
-    """Places of the right choices, from the target that lm-eval wrote as text: a place, a list of places, or a choice."""
+    """Places of the right choices, from lm-eval's target as text: a place, a list of places, or a choice."""
     target = str(sample["target"])
     if apart:  # the target is the text after all contexts; which one is right, only the metric tells
         top = max(range(len(sums)), key=lambda i: sums[i])

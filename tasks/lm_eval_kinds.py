@@ -15,8 +15,8 @@ RIGHT_OR_WRONG = (
 """Metrics that say of each generated reply 1 (right) or 0 (wrong), as code under ``process_results`` makes them or as
 lm-eval logs them; all others are degrees."""
 TWO_VALUED = ("exact", "is_included", "relaxed_accuracy", "anywhere_accuracy")
-"""Functions of a YAML's own, named as metrics, that do so. Others return arguments for an aggregation (multirc's em), or
-the share that is right (lingoly's exact_match)."""
+"""Functions of a YAML's own, named as metrics, that do so. Others return what their aggregation needs (multirc's em,
+lingoly's exact_match)."""
 SHARES = ("coqa/utils.process_results", "coqa.utils.process_results", "process_results_coqcat")
 """Code whose em is a mean over the reference answers."""
 RANKING = ("process_results_mcqa",)
@@ -80,7 +80,9 @@ def _generate_until(config: Mapping[str, Any]) -> Kind:
 def metric_of(config: Mapping[str, Any]) -> str | None:
     """The metric that a verdict on a generated reply comes from; None: all are degrees."""
     entries = config.get("metric_list") or [{"metric": "exact_match"}]
-    return next((_name(entry["metric"]) for entry in entries if _two_valued(entry, config.get("process_results"))), None)
+    return next(
+        (_name(entry["metric"]) for entry in entries if _two_valued(entry, config.get("process_results"))), None
+    )
 
 
 def _two_valued(entry: Mapping[str, Any], process_results: Any) -> bool:

@@ -118,6 +118,25 @@ def members(name: str, include_path: str | None = None) -> list[str]:
     return [f"{PREFIX}{member.name}" for member in _members(name, include_path)]
 
 
+def knows(name: str, include_path: str | None = None) -> bool:
+    """Whether lm-eval's index has a task, group or tag ``name``, or a group that defines it."""
+    index = manager(include_path).task_index
+    return name in index or (name.partition("::")[0] in index and bool(_members(name, include_path)))
+
+
+def groups_of(name: str, include_path: str | None = None) -> list[str]:
+    """Groups that change something in the task ``name``."""
+    from lm_eval.tasks._index import Kind as Entry
+
+    index = manager(include_path).task_index
+    groups = [group for group, entry in index.items() if entry.kind == Entry.GROUP]
+    return [
+        group
+        for group in groups
+        if any(member.name == name and member.changes for member in _expanded(index, group, {}))
+    ]
+
+
 def kinds(matching: str = "", include_path: str | None = None) -> Iterator[tuple[str, Kind]]:
     """Every task whose name holds ``matching``, from the YAML files alone; nothing is downloaded."""
     found = manager(include_path)
