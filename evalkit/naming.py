@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 LM_EVAL = "lm_eval:"
 """Begins the name of every task that lm-eval defines."""
-IMPORTED = "lm-eval "
-"""Begins the fingerprint of a model whose run was imported."""
 
 
 def tasks_of(name: str, settings: Settings, include_path: str | os.PathLike[str] | None = None) -> list[Task]:
@@ -82,6 +80,8 @@ def asked_as(
 
 def refuse_imported(name: str, fingerprint: str, what: str) -> None:
     """ValueError if the run of model ``name`` was imported: it has neither evalkit's prompts nor the model's hash."""
+    from tasks.lm_eval_import import IMPORTED
+
     if fingerprint.startswith(IMPORTED):
         raise ValueError(
             f"the run of {name} was imported from lm-eval, so it can't be used {what}; it can be shown, reported, "

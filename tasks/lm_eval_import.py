@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.naming import IMPORTED
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, ItemRecord, Mode, Normalisation, Outcome, TaskEntry
 from evalkit.scoring import decide
 from evalkit.settings import Settings
@@ -27,6 +26,8 @@ from tasks.lm_eval_kinds import RIGHT_OR_WRONG
 from tasks.lm_eval_tasks import PREFIX
 
 logger = logging.getLogger("evalkit")
+IMPORTED = "lm-eval "
+"""Begins the fingerprint of a model whose run was imported."""
 IDENTITY = (
     "model_source",
     "model_name",

@@ -77,8 +77,9 @@ class Member:
         except Exception as error:  # lm-eval and datasets raise a dozen types for one cause: data could not be read
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{PREFIX}{self.name} could not be loaded ({reason}); without a network its data set must be in the "
-                f"Hugging Face cache, or a YAML of your own must name a local copy (dataset_path, dataset_kwargs)"
+                f"{PREFIX}{self.name} could not be loaded ({reason}); correct its YAML if it is yours; without a "
+                f"network its data set must be in the Hugging Face cache, or a YAML of your own must name a local copy "
+                f"(dataset_path, dataset_kwargs)"
             ) from error
 
 
