@@ -160,8 +160,12 @@ def _judge(task: Any, one: str, doc: Any, metric: str) -> Judge:
     return judge
 
 
+class NoJudge(ValueError):
+    """A task whose metric does not tell right from wrong."""
+
+
 def try_judge(task: Any, name: str, item: Item) -> None:
-    """ValueError unless the task's metric calls ``item``'s gold answer right and nonsense wrong.
+    """NoJudge unless the task's metric calls ``item``'s gold answer right and nonsense wrong.
 
     Code of the task's own may read replies only in a form that its gold answers don't have (minerva_math's "Final
     Answer: ..."), so there 0 or 1 will do for the gold.
@@ -176,11 +180,11 @@ def try_judge(task: Any, name: str, item: Item) -> None:
         right = task.process_results(doc, [read if found else gold])[metric]
         wrong = item.native.judge(NONSENSE)[0]
     except Exception as error:  # whatever the metric's code raises
-        raise ValueError(f"{name} can't be judged: {type(error).__name__}: {_line(error)}; {INSTEAD}") from error
+        raise NoJudge(f"{name} can't be judged: {type(error).__name__}: {_line(error)}; {INSTEAD}") from error
     allowed = (0, 1) if task.config.process_results else (1,)
     if right not in allowed or wrong:
         said = f"{metric} of the gold answer {gold!r} is {right}, of nonsense {int(bool(wrong))}"
-        raise ValueError(f"{name} can't be judged: {said}, not 1 and 0; {INSTEAD}")
+        raise NoJudge(f"{name} can't be judged: {said}, not 1 and 0; {INSTEAD}")
 
 
 def _line(error: Exception) -> str:

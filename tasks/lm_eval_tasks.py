@@ -19,7 +19,7 @@ from typing import Any
 
 from evalkit.records import GENERATION, Item, Mode, Normalisation
 from evalkit.registry import Task
-from tasks.lm_eval_free import free_items, try_judge, word_items
+from tasks.lm_eval_free import NoJudge, free_items, try_judge, word_items
 from tasks.lm_eval_kinds import Kind, kind_of, metric_of, mode_word
 from tasks.lm_eval_text import choice_items
 
@@ -107,11 +107,17 @@ def lm_eval_tasks(
             refused.append(f"{PREFIX}{member.name} can only be scored by {word} (--mode {word}): {kind.reason}")
         else:
             refused.append(f"{PREFIX}{member.name} can't be scored: {kind.reason}")
-    if not found:
+    made = []
+    for member in found:
+        try:
+            made.append(_task(member.load(), modes, shots))
+        except NoJudge as error:
+            refused.append(str(error))
+    if not made:
         raise ValueError(refused[0] + (f" (and {len(refused) - 1} more of {name})" if len(refused) > 1 else ""))
     for line in refused:
         logger.warning("%s; it is left out of %s", line, name)
-    return [_task(member.load(), modes, shots) for member in found]
+    return made
 
 
 def members(name: str, include_path: str | None = None) -> list[str]:
