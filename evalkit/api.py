@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evalkit.naming import data_folder, each, names_in_run, need_files, no_twins, tasks_of
+from evalkit.naming import (
+    asked_as,
+    data_folder,
+    each,
+    names_in_run,
+    need_files,
+    no_twins,
+    refuse_imported,
+    tasks_of,
+)
 
 if TYPE_CHECKING:
     from evalkit.opening import Opened, Spread
@@ -125,6 +134,9 @@ def compare(
     given = options
     for run_ in runs.values():
         names, options = _as_scored(run_, tasks, given)
+        if len(runs) == 1:
+            refuse_imported(run_.manifest.model.name, run_.manifest.model.fingerprint, "to score another model alike")
+            asked_as(run_.manifest.tasks, each(names), run_.manifest.settings, given.get("include_path"))
     if tasks is None and len(runs) == 1:
         need_files(names)
     for who, side in sides.items():

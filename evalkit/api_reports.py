@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evalkit.api import is_run, load_run, run
-from evalkit.naming import need_files
+from evalkit.naming import asked_as, need_files, refuse_imported
 
 if TYPE_CHECKING:
     from evalkit.engines.hf import HFEngine
     from evalkit.progress import Progress
+    from evalkit.records import TaskEntry
     from evalkit.settings import Settings
     from evalkit.store import Run
     from reports.gate import Margins, Verdict
@@ -31,6 +32,7 @@ def check(
     baselines: Sequence[str | os.PathLike[str]],
     margins: Margins | None = None,
     *,
+    tasks: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     prepare: Callable[[], None] = lambda: None,
     **engine: Any,
@@ -38,16 +40,18 @@ def check(
     """Is ``new`` no worse than each baseline on the same items? Returns its run and a verdict for each.
 
     new: a run, its folder, or a model, which is then scored as the first baseline was, into ``out``/new.
-    baselines: run folders or baseline files. ``prepare`` is called before a model is loaded; engine: options of ``run``
-    that change no score (data_dir, batch_size, dtype, device, ...).
+    baselines: run folders or baseline files. tasks: what the model is scored on, where the baseline's own names don't
+    find it: files, and groups of lm-eval that change their tasks. ``prepare`` is called before a model is loaded;
+    engine: options of ``run`` that change no score (data_dir, include_path, batch_size, dtype, device, ...).
     """
     from reports.baseline import read_baseline
     from reports.gate import Margins, gate
 
     read = [read_baseline(Path(one)) for one in baselines]
     if not is_run(new):
+        refuse_imported(read[0].name, read[0].fingerprint, "to score a model alike")
         prepare()
-        new = _score_as(read[0].settings, [task.entry.name for task in read[0].tasks], new, out, "new", engine)
+        new = _score_as(read[0].settings, [task.entry for task in read[0].tasks], tasks, new, out, "new", engine)
     made = load_run(new)
     return made, [gate(made, one, margins or Margins()) for one in read]
 
@@ -84,13 +88,17 @@ def rescore(
     was = {"run": str(made.path or ""), **made.manifest.settings.model_dump(include={"rules", "normalisation"})}
     if normalisation is not None:
         made = renormalise(made, normalisation)  # type: ignore[arg-type]  # checked above
+    if rules is not None:
+        refuse_imported(made.manifest.model.name, made.manifest.model.fingerprint, "with other --rules")
     if rules is not None and made.manifest.settings.rules != rules:
         settings, folder = made.manifest.settings, data_folder(data_dir)
         own = [task for file in files for task in tasks_of(os.fspath(file), settings, include_path)]
         named = {task.name: task for task in own}
-        need_files(name for name in made.tasks if name not in named)
-        rest = [task for name in made.tasks if name not in named for task in tasks_of(name, settings, include_path)]
-        tasks = [*own, *rest]
+        others = [name for name in made.tasks if name not in named]
+        need_files(others)
+        asked = {task.name: task for task in asked_as(made.manifest.tasks, others, settings, include_path)}
+        rest = [task for name in others if name not in asked for task in tasks_of(name, settings, include_path)]
+        tasks = [*(task for task in own if task.name in made.tasks), *asked.values(), *rest]
         items = {task.name: select(task, settings, folder).items for task in tasks}
         read = {task.name: (task, {item.id: item for item in items[task.name]}) for task in tasks}
         made = reread(made, rules, read)  # type: ignore[arg-type]
@@ -118,34 +126,40 @@ def score_again(
     baselines: Sequence[str | os.PathLike[str]],
     new: Any = None,
     *,
+    tasks: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     prepare: Callable[[], None] = lambda: None,
     **engine: Any,
 ) -> tuple[Run, Run]:
     """(the baseline's run, the same model's second run): ``new`` if it is a run, else scored now into ``out``/again,
-    with another batch size unless one is given."""
+    with another batch size unless one is given; ``tasks`` as in ``check``."""
     if len(baselines) != 1 or not is_run(baselines[0]):
         raise ValueError("--calibrate needs one --baseline, the folder of a finished run")
     first = load_run(baselines[0])
     if new is not None and is_run(new):
         return first, load_run(new)
+    refuse_imported(first.manifest.model.name, first.manifest.model.fingerprint, "to score its model again")
     prepare()
     before = (first.manifest.sessions[-1] if first.manifest.sessions else {}).get("batch_size") or 2
     engine["batch_size"] = engine.get("batch_size") or max(1, before // 2)
     model = new if new is not None else first.manifest.model.name
-    return first, _score_as(first.manifest.settings, first.tasks, model, out, "again", engine)
+    return first, _score_as(first.manifest.settings, first.manifest.tasks, tasks, model, out, "again", engine)
 
 
 def _score_as(
     settings: Settings,
-    names: Sequence[str],
+    entries: Sequence[TaskEntry],
+    tasks: Sequence[str] | None,
     model: Any,
     out: str | os.PathLike[str] | None,
     folder: str,
     engine: Mapping[str, Any],
 ) -> Run:
-    """Score ``model`` with a run's settings on its tasks."""
-    need_files(names)
+    """Score ``model`` with a run's settings on its tasks; ``tasks``: other names for them."""
+    names = tasks or [entry.name for entry in entries]
+    if tasks is None:
+        need_files(names)
+    asked_as(entries, names, settings, engine.get("include_path"))
     options = settings.model_dump()
     modes = options.pop("modes")
     mode = "both" if len(modes) == 2 else modes[0]
@@ -174,6 +188,8 @@ def bridge(
     from reports.pairing import check_settings, pair
 
     runs = (load_run(teacher), load_run(student))
+    for one in runs:
+        refuse_imported(one.manifest.model.name, one.manifest.model.fingerprint, "for bridge cells")
     check_settings(*runs)
     settings = runs[0].manifest.settings
     if settings.thinking != "off":
@@ -263,6 +279,7 @@ def divergence(
 
     scored = load_run(run)
     settings, model = scored.manifest.settings, scored.manifest.model
+    refuse_imported(model.name, model.fingerprint, "for divergence")
     for name in tasks or ():
         if name not in scored.tasks:
             raise ValueError(f"task {name!r} is not in the run of {model.name}; it has {', '.join(scored.tasks)}")
@@ -274,6 +291,8 @@ def divergence(
         )
     names = [name for name in scored.tasks if tasks is None or name in tasks]
     other = None if student_run is None else load_run(student_run)
+    if other is not None:
+        refuse_imported(other.manifest.model.name, other.manifest.model.fingerprint, "for divergence")
     became = {} if other is None else {name: _became(scored, other, name) for name in names}
     batch_size = engine.pop("batch_size", None)
     engines = (

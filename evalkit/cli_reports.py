@@ -58,7 +58,12 @@ def check(
     alpha: Annotated[float | None, typer.Option(min=1e-6, max=0.49, help="Error rate.", show_default="0.05")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Flip floor of the baseline against itself.")] = False,
     out: OutDir = Path("check"),
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", "-t", help="Names or files to score a model on.", show_default="the baseline's names"),
+    ] = None,
     data_dir: DataDir = None,
+    include_path: IncludePath = None,
     batch_size: BatchSize = None,
     dtype: DType = "auto",
     device: Device = "auto",
@@ -72,8 +77,10 @@ def check(
     from reports.gate import exit_code, sentence
     from reports.gate_output import check_json, read_margins, save_check
 
-    engine = {
+    engine: dict[str, Any] = {
+        "tasks": None if tasks is None else [name for name in tasks.split(",") if name],
         "data_dir": data_dir,
+        "include_path": include_path,
         "batch_size": batch_size,
         "dtype": dtype,
         "device": device,
@@ -142,9 +149,7 @@ def rescore(
     normalisation: Annotated[
         Normalisation | None, typer.Option(help="Of log-likelihood.", show_default="the run's")
     ] = None,
-    files: Annotated[
-        str, typer.Option("--tasks", "-t", help="Comma-separated JSONL files of tasks that are your own.")
-    ] = "",
+    files: Annotated[str, typer.Option("--tasks", "-t", help="Comma-separated files of tasks that are your own.")] = "",
     data_dir: DataDir = None,
     include_path: IncludePath = None,
     json_output: Json = False,

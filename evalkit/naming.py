@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from evalkit.records import TaskEntry
     from evalkit.registry import Task
     from evalkit.settings import Settings
 
@@ -40,6 +41,51 @@ def need_files(names: Iterable[str]) -> None:
     if own:
         raise ValueError(
             f"the run holds {own[0]!r}, which is no registered task; name its file: --tasks PATH/{own[0]}.jsonl"
+        )
+
+
+def asked_as(
+    entries: Iterable[TaskEntry],
+    names: Iterable[str],
+    settings: Settings,
+    include_path: str | os.PathLike[str] | None = None,
+) -> list[Task]:
+    """The tasks of lm-eval behind ``names``; ValueError where one would be asked otherwise than ``entries`` of a run
+    were. A run knows a task's name, not the group that changed it or the file that it came from."""
+    named = [name for name in names if name.startswith(LM_EVAL)]
+    if not named:
+        return []
+    from tasks.lm_eval_tasks import groups_of, knows
+
+    was = {entry.name: entry for entry in entries}
+    for name in named:
+        if name in was and not knows(name.removeprefix(LM_EVAL), _folder(include_path)):
+            raise ValueError(
+                f"the run holds {name!r}, which is none of lm-eval's own tasks; name its file: --tasks "
+                f"{LM_EVAL}PATH/{name.removeprefix(LM_EVAL)}.yaml, or give its folder: --include-path FOLDER"
+            )
+    found = [task for name in named for task in tasks_of(name, settings, include_path)]
+    for task in found:
+        shots = task.shots if settings.shots is None else settings.shots
+        entry = was.get(task.name)
+        if entry is not None and (entry.version, entry.shots) != (task.version, shots):
+            groups = groups_of(task.name.removeprefix(LM_EVAL), _folder(include_path))
+            raise ValueError(
+                f"{task.name} was scored in version {entry.version} with {entry.shots} examples, and would be asked in "
+                f"version {task.version} with {shots} now; if a group or a file of your own changed it, name that: "
+                f"--tasks {' or '.join(LM_EVAL + group for group in groups) or LM_EVAL + 'GROUP'}"
+            )
+    return found
+
+
+def refuse_imported(name: str, fingerprint: str, what: str) -> None:
+    """ValueError if the run of model ``name`` was imported: it has neither evalkit's prompts nor the model's hash."""
+    from tasks.lm_eval_import import IMPORTED
+
+    if fingerprint.startswith(IMPORTED):
+        raise ValueError(
+            f"the run of {name} was imported from lm-eval, so it can't be used {what}; it can be shown, reported, "
+            f"rescored with --normalisation, and compared with another imported run"
         )
 
 

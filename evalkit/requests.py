@@ -103,7 +103,8 @@ def _plan(task: Task, item: Item, shots: Sequence[Item], encoder: Encoder, setti
     def written(view: str, closed: bool) -> tuple[Ask, str]:
         one = ask(view, task, item)
         text = encoder.prompt([ask(view, task, shot) for shot in shots], one, closed=closed)
-        texts.extend([text, *one.contexts, *one.questions, *one.answers])
+        scored_texts = one.answers if item.native is None else [encoder.answer(one, answer) for answer in one.answers]
+        texts.extend([text, *one.contexts, *one.questions, *scored_texts])
         return one, text
 
     def score(view: str, one: Ask, text: str) -> tuple[Place, ...]:

@@ -107,7 +107,7 @@ def _score_task(
             planned = plan(task, item, selection.examples(item), encoder, settings, opened.engine.max_length)
             keys.append((task.name, task.version, item.id, planned.prompt_sha256))
             kept = writer.kept.get(keys[-1])
-            if kept is None or kept.gold != item.gold:  # the gold answer was corrected since
+            if kept is None or (kept.gold, kept.also, kept.choices) != (item.gold, item.also, item.choices):
                 yield planned
 
     total = len(selection.items)
@@ -141,7 +141,7 @@ def _manifest(
                 shots=task.shots if settings.shots is None else settings.shots,
                 n=len(selections[task.name].items),
                 strata=task.strata,
-                listed=ask(gen_view, task, selections[task.name].items[0]).listed,
+                listed=any(ask(gen_view, task, item).listed for item in selections[task.name].items),
             )
         )
     versions = _versions(opened)

@@ -81,7 +81,11 @@ def draw(teacher: Run, student: Run, n: int, seed: int = 0) -> tuple[list[dict[s
         "seed": seed,
         "models": {who: run.manifest.model.name for who, run in zip(WHO, (teacher, student), strict=True)},
         "fingerprints": {who: run.manifest.model.fingerprint for who, run in zip(WHO, (teacher, student), strict=True)},
-        "gaps": {name: made.result["tasks"][at]["modes"][GENERATION]["gap"] for at, name in enumerate(made.tasks)},
+        "gaps": {
+            task["name"]: task["modes"][GENERATION]["gap"]
+            for task in made.result["tasks"]
+            if GENERATION in task["modes"]
+        },
         "strata": {name: len(found) for name, found in strata.items()},
         "replies": {
             reply.key(seed): {

@@ -75,6 +75,12 @@ def baseline_of(run: Run, anchor: bool = False) -> Baseline:
 def _task(run: Run, name: str) -> BaselineTask:
     entry, records = run.manifest.entry(name), list(run.records(name).values())
     modes = [mode for mode in MODES if mode in run.manifest.settings.modes]
+    for mode in modes:
+        if not any(outcome.mode == mode for record in records for outcome in record.outcomes):
+            raise ValueError(
+                f"task {name} of the run of {run.manifest.model.name} has no {mode} outcomes, as its other tasks have, "
+                f"so they can't be gated together; import the tasks of each mode as a run of its own (--tasks)"
+            )
     return BaselineTask(
         entry=entry,
         items=tuple(record.item for record in records),

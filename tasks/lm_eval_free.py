@@ -5,6 +5,7 @@ wrong). Log-likelihood ranks the gold answer against near numbers, where all ans
 answers of other documents.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,7 +32,7 @@ def free_items(task: Any, name: str, shots: int) -> tuple[list[Item], list[str]]
         for at, written in enumerate(Writer(task, shots).documents())
     ]
     short = [[_filtered(task, written.doc, text).strip() for text in golds] for _, written, golds in documents]
-    numeric = all(golds and NUMBER.fullmatch(golds[0]) for golds in short)
+    numeric = all(NUMBER.fullmatch(golds[0]) for golds in short if golds)
     ring = Ring(golds[0] for golds in short if golds)
     metric = metric_of(task.config.to_dict(keep_callable=True)) or ""
     items, bad = [], []
@@ -44,9 +45,9 @@ def free_items(task: Any, name: str, shots: int) -> tuple[list[Item], list[str]]
         native = replace(
             written.native,
             joint=written.native.joint + _lead(given[0]),
-            judge=_judge(task, written.doc, metric),
+            judge=_judge(task, one, written.doc, metric),
             stops=tuple(stop for stop in _until(task) if stop),
-            max_tokens=task.config.generation_kwargs.get("max_gen_toks") or default_length(),
+            max_tokens=_length(task),
         )
         items.append(_item(one, native, choices, gold, tuple(golds[1:])))
     return items, bad
@@ -119,11 +120,16 @@ def _until(task: Any) -> list[str]:
     return [until] if isinstance(until, str) else list(until)
 
 
-def default_length() -> int:
-    """Tokens that lm-eval generates at most where a task says nothing."""
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""lm-eval's names of one setting; the first given counts."""
+
+
+def _length(task: Any) -> int:
+    """Tokens generated at most."""
     from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 
-    return int(DEFAULT_MAX_GEN_TOKS)
+    given = (task.config.generation_kwargs.get(name) for name in LENGTHS)
+    return int(next((value for value in given if value is not None), DEFAULT_MAX_GEN_TOKS))
 
 
 def _filtered(task: Any, doc: Any, text: str) -> str:
@@ -142,16 +148,51 @@ def _apply(task: Any, doc: Any, text: str) -> Any:
     return instance.filtered_resps[first.name]
 
 
-def _judge(task: Any, doc: Any, metric: str) -> Judge:
+def _judge(task: Any, one: str, doc: Any, metric: str) -> Judge:
     def judge(reply: str) -> tuple[bool | None, str]:
         read = _apply(task, doc, reply)
         score = task.process_results(doc, [read])[metric]
         if score not in (0, 1):
-            raise ValueError(f"lm-eval's {metric} of a reply is {score}, neither right (1) nor wrong (0)")
+            raise ValueError(f"{one}: lm-eval's {metric} of a reply is {score}, neither right (1) nor wrong (0)")
         text = read if isinstance(read, str) else ""
         return (None if not score and text in ("", INVALID) else bool(score)), text
 
     return judge
+
+
+class NoJudge(ValueError):
+    """A task whose metric does not tell right from wrong."""
+
+
+def try_judge(task: Any, name: str, item: Item) -> None:
+    """NoJudge unless the task's metric calls ``item``'s gold answer right and nonsense wrong.
+
+    Code of the task's own may read replies only in a form that its gold answers don't have (minerva_math's "Final
+    Answer: ..."), so there 0 or 1 will do for the gold.
+    """
+    assert item.native is not None and item.native.judge is not None
+    doc = next(itertools.islice(task.task_docs, int(item.id.rpartition("-")[2]), None))
+    metric = metric_of(task.config.to_dict(keep_callable=True))
+    gold = gold_texts(task, doc)[0]
+    try:
+        read = _apply(task, doc, gold)
+        found = read not in (None, "", INVALID, [])
+        right = task.process_results(doc, [read if found else gold])[metric]
+        wrong = item.native.judge(NONSENSE)[0]
+    except Exception as error:  # whatever the metric's code raises
+        raise NoJudge(f"{name} can't be judged: {type(error).__name__}: {_line(error)}; {INSTEAD}") from error
+    allowed = (0, 1) if task.config.process_results else (1,)
+    if right not in allowed or wrong:
+        said = f"{metric} of the gold answer {gold!r} is {right}, of nonsense {int(bool(wrong))}"
+        raise NoJudge(f"{name} can't be judged: {said}, not 1 and 0; {INSTEAD}")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+NONSENSE = "qwx zvk"
+INSTEAD = "score it by --mode loglikelihood"
 
 
 def _begins(word: str) -> Judge:

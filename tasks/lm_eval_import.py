@@ -10,6 +10,7 @@ import ast
 import datetime
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from tasks.lm_eval_free import INVALID
 from tasks.lm_eval_kinds import RIGHT_OR_WRONG
 from tasks.lm_eval_tasks import PREFIX
 
+logger = logging.getLogger("evalkit")
+IMPORTED = "lm-eval "
+"""Begins the fingerprint of a model whose run was imported."""
 IDENTITY = (
     "model_source",
     "model_name",
@@ -54,24 +58,29 @@ class Part:
 def import_run(folder: Path, out: Path | None, tasks: Collection[str] | None = None) -> Run:
     """Read lm-eval's output ``folder`` and write it as the run ``out`` (None: in memory only). ``tasks``: only these.
 
-    ValueError: samples are missing or damaged, the version is unknown, or the results are of two models.
+    Documents whose gold is none of their choices are left out with a warning, as in a run of evalkit's own.
+    ValueError: samples are missing or damaged, the version is unknown, the results are of two models or were asked in
+    two ways, or ``out`` holds something.
     """
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; give the imported run another --out")
     parts = _parts(folder, tasks)
     identity = _identity(folder, parts)
     records = {part.task: _records(part) for part in parts}
     found = {outcome.mode for rows in records.values() for record in rows for outcome in record.outcomes}
-    newest = parts[-1].results
+    newest, modes = parts[-1].results, tuple(mode for mode in MODES if mode in found)
+    settings = _common_settings(folder, parts, modes)
     entries = tuple(_entry(part, records[part.task]) for part in parts)
     manifest = Manifest(
         model=Model(
             name=str(newest["model_name"]),
-            fingerprint=f"lm-eval {hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}",
+            fingerprint=f"{IMPORTED}{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}",
             parts=identity,
             dtype=identity.get("model_dtype", "").removeprefix("torch."),
             parameters=max(0, int(newest["config"].get("model_num_parameters") or 0)),
             note=f"imported from lm-eval {newest['lm_eval_version']}, which stored its name and no hash of its weights",
         ),
-        settings=_settings(newest, tuple(mode for mode in MODES if mode in found)),
+        settings=settings,
         tasks=entries,
         versions={"lm_eval": newest["lm_eval_version"], "transformers": str(newest.get("transformers_version", ""))},
         sessions=(
@@ -88,8 +97,7 @@ def import_run(folder: Path, out: Path | None, tasks: Collection[str] | None = N
     try:
         rows = [record for part in parts for record in records[part.task]]
         for record in rows:
-            if key_of(record) not in writer.kept:
-                writer.append(record)
+            writer.append(record)
         return writer.finish(map(key_of, rows))
     finally:
         writer.close()
@@ -143,7 +151,9 @@ def _identity(folder: Path, parts: Sequence[Part]) -> dict[str, str]:
     for part in parts:
         known = {**part.results["config"], **part.results}
         told = {key: known[key] for key in IDENTITY if known.get(key)}
-        found.append({key: value if isinstance(value, str) else json.dumps(value) for key, value in told.items()})
+        found.append(
+            {key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in told.items()}
+        )
     for part, one in zip(parts, found, strict=True):
         if one != found[0]:
             key = next(key for key in IDENTITY if one.get(key) != found[0].get(key))
@@ -200,6 +210,19 @@ def _kind(part: Part) -> str:
     return str(part.config.get("output_type") or "generate_until")
 
 
+def _common_settings(folder: Path, parts: Sequence[Part], modes: tuple[Mode, ...]) -> Settings:
+    """What all the files say of how the model was asked; ValueError if they say two things."""
+    found = [_settings(part.results, modes).model_dump() for part in parts]
+    for part, one in zip(parts, found, strict=True):
+        if one != found[0]:
+            key = next(key for key in one if one[key] != found[0][key])
+            raise ValueError(
+                f"{folder} holds results that were asked in two ways: {key} is {found[0][key]!r} in "
+                f"{parts[0].samples.name} and {one[key]!r} in {part.samples.name}; import them apart, with --tasks"
+            )
+    return _settings(parts[0].results, modes)
+
+
 def _settings(results: Mapping[str, Any], modes: tuple[Mode, ...]) -> Settings:
     limit = results["config"].get("limit")
     return Settings(
@@ -211,16 +234,44 @@ def _settings(results: Mapping[str, Any], modes: tuple[Mode, ...]) -> Settings:
 
 
 def _records(part: Part) -> list[ItemRecord]:
-    make = {"multiple_choice": _ranked, "generate_until": _said}.get(_kind(part))
-    if make is None:
-        raise ValueError(
-            f"task {part.task!r} can't be imported: its output_type {_kind(part)} has neither choices nor replies; "
-            f"name the others with --tasks"
-        )
-    return [make(part, sample) for sample in _samples(part)]
+    samples = _samples(part)
+    if _kind(part) == "multiple_choice":
+        try:
+            return _all_ranked(part, samples, by_text=False)
+        except ValueError as error:
+            try:
+                return _all_ranked(part, samples, by_text=True)
+            except ValueError:
+                raise error from None  # of the reading that lm-eval's own tasks mostly have
+    if _kind(part) == "generate_until":
+        return [_said(part, sample) for sample in samples]
+    raise ValueError(
+        f"task {part.task!r} can't be imported: its output_type {_kind(part)} has neither choices nor replies; "
+        f"name the others with --tasks"
+    )
 
 
-def _ranked(part: Part, sample: Mapping[str, Any]) -> ItemRecord:
+def _all_ranked(part: Part, samples: Sequence[Mapping[str, Any]], by_text: bool) -> list[ItemRecord]:
+    """``by_text``: whether a target that is both a choice's place and a choice's text means the text. lm-eval logs
+    both alike; only one of them gives the accuracies that it logged."""
+    records, bad = [], []
+    for sample in samples:
+        try:
+            records.append(_ranked(part, sample, by_text))
+        except _NoGold as error:
+            bad.append(str(error))
+    if not records:
+        raise ValueError(bad[0])
+    if bad:
+        logger.warning("%s: %d of %d documents are left out; %s", part.task, len(bad), len(samples), bad[0])
+    return records
+
+
+class _NoGold(ValueError):
+    """A document whose target is none of its choices."""
+
+
+def _ranked(part: Part, sample: Mapping[str, Any], by_text: bool) -> ItemRecord:
     """A document of multiple choice."""
     arguments = [(str(one[0]), str(one[1])) for one in _arguments(part, sample)]
     sums = [_loglikelihood(part, sample, resp) for resp in sample["filtered_resps"]]
@@ -231,11 +282,11 @@ def _ranked(part: Part, sample: Mapping[str, Any]) -> ItemRecord:
     if len(sums) != len(arguments) or len(sums) < 2:
         raise _bad(part, sample, f"it has {len(sums)} log-likelihoods for {len(arguments)} choices")
     contexts = [context for context, _ in arguments]
-    delimiter = str(part.config.get("target_delimiter", " "))
+    delimiter = _delimiter(part)
     apart = len(set(contexts)) > 1
     choices = contexts if apart else [answer.removeprefix(delimiter) for _, answer in arguments]
     scored = [answer.removeprefix(delimiter) for _, answer in arguments]
-    right = _golds(part, sample, choices, sums, apart)
+    right = _golds(part, sample, choices, sums, apart, by_text)
     outcome = Outcome(
         mode=LOGLIKELIHOOD,
         view="native",
@@ -246,9 +297,12 @@ def _ranked(part: Part, sample: Mapping[str, Any]) -> ItemRecord:
         blind=tuple(blind),
     )
     normalisation = _entry(part, []).normalisation
-    plain = decide(outcome, right[0], choices, "raw", right[1:])
-    if "acc" in sample and not plain.tied and float(sample["acc"]) != float(plain.outcome == "correct"):
-        raise _bad(part, sample, f"lm-eval's acc is {sample['acc']}, which is not that of the likeliest choice")
+    logged: tuple[tuple[str, Normalisation], ...] = (("acc", "raw"), ("acc_norm", "character"))
+    for metric, how in logged[: 1 if apart else 2]:  # of contexts lm-eval's acc_norm counts the contexts' characters
+        made = decide(outcome, right[0], choices, how, right[1:])
+        if metric in sample and not made.tied and float(sample[metric]) != float(made.outcome == "correct"):
+            what = "the likeliest choice" + (" per character" if how == "character" else "")
+            raise _bad(part, sample, f"lm-eval's {metric} is {sample[metric]}, which is not that of {what}")
     return _record(
         part,
         sample,
@@ -269,8 +323,9 @@ def _said(part: Part, sample: Mapping[str, Any]) -> ItemRecord:
         raise _bad(part, sample, f"no metric says right (1) or wrong (0); it has {names}")
     reply, read = sample["resps"][0], sample["filtered_resps"][0]
     reply = str(reply[0] if isinstance(reply, list) else reply)
-    read = str(read[0] if isinstance(read, list) and read else read)
-    none = not score and (read == INVALID or not reply.strip())
+    read = read[0] if isinstance(read, list) and read else read
+    read = str(read) if isinstance(read, (str, int, float)) else ""  # a filter may give None, or an object
+    none = not score and (read in ("", INVALID) or not reply.strip())
     at = reply.rfind(read) if read else -1
     outcome = Outcome(
         mode=GENERATION,
@@ -332,9 +387,9 @@ def _loglikelihood(part: Part, sample: Mapping[str, Any], resp: Any) -> float:
 
 
 def _golds(
-    part: Part, sample: Mapping[str, Any], choices: Sequence[str], sums: Sequence[float], apart: bool
+    part: Part, sample: Mapping[str, Any], choices: Sequence[str], sums: Sequence[float], apart: bool, by_text: bool
 ) -> list[int]:
-    """Places of the right choices, from the target that lm-eval wrote as text."""
+    """Places of the right choices, from lm-eval's target as text: a place, a list of places, or a choice."""
     target = str(sample["target"])
     if apart:  # the target is the text after all contexts; which one is right, only the metric tells
         top = max(range(len(sums)), key=lambda i: sums[i])
@@ -343,17 +398,26 @@ def _golds(
         if len(choices) == 2 and "acc" in sample:
             return [1 - top]
         raise _bad(part, sample, "which of its contexts is right is not in the log")
-    if target in choices:
-        return [choices.index(target)]
+    text = [choices.index(target)] if target in choices else []
+    if text and by_text:
+        return text
     try:
         found = ast.literal_eval(target)
     except (ValueError, SyntaxError):
         found = None
     golds = [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int)]
     golds = [one for one in golds if 0 <= one < len(choices)]
-    if not golds:
-        raise _bad(part, sample, f"its target {target!r} is none of the {len(choices)} choices")
-    return golds
+    if not golds and not text:
+        error = _bad(part, sample, f"its target {target!r} is none of the {len(choices)} choices")
+        raise error if float(sample.get("acc", 0)) else _NoGold(error)  # lm-eval counts what has no gold as wrong
+    return golds or text
+
+
+def _delimiter(part: Part) -> str:
+    """Between prompt and choice; in a chat a turn begins with the choice, unless a prefix is begun there."""
+    prefix = str(part.config.get("gen_prefix") or "")
+    chat = part.results.get("chat_template") and (not prefix or prefix[-1].isspace())
+    return "" if chat else str(part.config.get("target_delimiter", " "))
 
 
 def _bad(part: Part, sample: Mapping[str, Any], what: str) -> ValueError:

@@ -12,7 +12,13 @@ RIGHT_OR_WRONG = (
     *("exact_match", "acc", "em", "accuracy", "quasi_exact_match", "numerical_match", "math_verify", "is_included"),
     *("prompt_level_strict_acc", "exact", "relaxed_accuracy", "anywhere_accuracy"),
 )
-"""Metrics that say of each generated reply 1 (right) or 0 (wrong); all others are degrees."""
+"""Metrics that say of each generated reply 1 (right) or 0 (wrong), as code under ``process_results`` makes them or as
+lm-eval logs them; all others are degrees."""
+TWO_VALUED = ("exact", "is_included", "relaxed_accuracy", "anywhere_accuracy")
+"""Functions of a YAML's own, named as metrics, that do so. Others return what their aggregation needs (multirc's em,
+lingoly's exact_match)."""
+SHARES = ("coqa/utils.process_results", "coqa.utils.process_results", "process_results_coqcat")
+"""Code whose em is a mean over the reference answers."""
 RANKING = ("process_results_mcqa",)
 """Functions under ``process_results`` that do what lm-eval does without one (AGIEval's: several choices are right)."""
 
@@ -73,13 +79,35 @@ def _generate_until(config: Mapping[str, Any]) -> Kind:
 
 def metric_of(config: Mapping[str, Any]) -> str | None:
     """The metric that a verdict on a generated reply comes from; None: all are degrees."""
-    return next((name for name in metrics(config) if name in RIGHT_OR_WRONG), None)
+    entries = config.get("metric_list") or [{"metric": "exact_match"}]
+    return next(
+        (_name(entry["metric"]) for entry in entries if _two_valued(entry, config.get("process_results"))), None
+    )
+
+
+def _two_valued(entry: Mapping[str, Any], process_results: Any) -> bool:
+    """Whether a metric says right or wrong of a reply. lm-eval's own `acc` does not: of a generated reply it returns
+    its arguments, for code under ``process_results`` to take its place."""
+    metric = entry["metric"]
+    if process_results is not None:
+        return _name(metric) in RIGHT_OR_WRONG and not _place(process_results).endswith(SHARES)
+    if _code(metric):
+        return _code(metric) in TWO_VALUED
+    return metric == "exact_match" or (bool(entry.get("hf_evaluate")) and metric in RIGHT_OR_WRONG)
 
 
 def metrics(config: Mapping[str, Any]) -> Iterator[str]:
     for entry in config.get("metric_list") or [{"metric": "exact_match"}]:
-        metric = entry["metric"]
-        yield _code(metric) or str(metric)
+        yield _name(entry["metric"])
+
+
+def _name(metric: Any) -> str:
+    return _code(metric) or str(metric)
+
+
+def _place(function: Any) -> str:
+    """A function's file or module, and its name."""
+    return f"{function.__module__}.{function.__name__}" if callable(function) else str(function)
 
 
 def _code(value: Any) -> str:

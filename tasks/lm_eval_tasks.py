@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.records import Item, Mode, Normalisation
+from evalkit.records import GENERATION, Item, Mode, Normalisation
 from evalkit.registry import Task
-from tasks.lm_eval_free import free_items, word_items
+from tasks.lm_eval_free import NoJudge, free_items, try_judge, word_items
 from tasks.lm_eval_kinds import Kind, kind_of, metric_of, mode_word
 from tasks.lm_eval_text import choice_items
 
@@ -77,8 +77,9 @@ class Member:
         except Exception as error:  # lm-eval and datasets raise a dozen types for one cause: data could not be read
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"{PREFIX}{self.name} could not be loaded ({reason}); without a network its data set must be in the "
-                f"Hugging Face cache, or a YAML of your own must name a local copy (dataset_path, dataset_kwargs)"
+                f"{PREFIX}{self.name} could not be loaded ({reason}); correct its YAML if it is yours; without a "
+                f"network its data set must be in the Hugging Face cache, or a YAML of your own must name a local copy "
+                f"(dataset_path, dataset_kwargs)"
             ) from error
 
 
@@ -90,25 +91,57 @@ def lm_eval_tasks(
     ValueError: a task that can't be scored in all ``modes``, and why; members of a group are left out with a warning.
     """
     found, refused = [], []
-    for member in _members(name, include_path):
-        kind = kind_of(member.config)
-        if set(modes) <= set(kind.modes):
+    behind = _members(name, include_path)
+    for member in behind:
+        config = member.config
+        kind = kind_of(config)
+        if set(modes) <= set(kind.modes) and shots and config.get("num_fewshot") == 0:
+            refused.append(
+                f"{PREFIX}{member.name} fixes num_fewshot: 0 in its YAML, so lm-eval gives it no examples; leave "
+                f"--shots out"
+            )
+        elif set(modes) <= set(kind.modes):
             found.append(member)
         elif kind.modes:
             word = mode_word(kind.modes)
             refused.append(f"{PREFIX}{member.name} can only be scored by {word} (--mode {word}): {kind.reason}")
         else:
             refused.append(f"{PREFIX}{member.name} can't be scored: {kind.reason}")
-    if not found:
+    made = []
+    for member in found:
+        try:
+            made.append(_task(member.load(), modes, shots))
+        except NoJudge as error:
+            refused.append(str(error))
+    if not made:
         raise ValueError(refused[0] + (f" (and {len(refused) - 1} more of {name})" if len(refused) > 1 else ""))
     for line in refused:
         logger.warning("%s; it is left out of %s", line, name)
-    return [_task(member.load(), shots) for member in found]
+    return made
 
 
 def members(name: str, include_path: str | None = None) -> list[str]:
     """Names, with the prefix, of the tasks that ``name`` stands for."""
     return [f"{PREFIX}{member.name}" for member in _members(name, include_path)]
+
+
+def knows(name: str, include_path: str | None = None) -> bool:
+    """Whether lm-eval's index has a task, group or tag ``name``, or a group that defines it."""
+    index = manager(include_path).task_index
+    return name in index or (name.partition("::")[0] in index and bool(_members(name, include_path)))
+
+
+def groups_of(name: str, include_path: str | None = None) -> list[str]:
+    """Groups that change something in the task ``name``."""
+    from lm_eval.tasks._index import Kind as Entry
+
+    index = manager(include_path).task_index
+    groups = [group for group, entry in index.items() if entry.kind == Entry.GROUP]
+    return [
+        group
+        for group in groups
+        if any(member.name == name and member.changes for member in _expanded(index, group, {}))
+    ]
 
 
 def kinds(matching: str = "", include_path: str | None = None) -> Iterator[tuple[str, Kind]]:
@@ -133,6 +166,11 @@ def _members(name: str, include_path: str | None) -> list[Member]:
             )
         return [Member(name=entry.name, entry=entry, changes={})]
     index = manager(include_path).task_index
+    group, inline, _ = name.partition("::")
+    if inline and group in index:  # a task that the group's YAML defines itself
+        found = [member for member in _expanded(index, group, {}) if member.name == name]
+        if found:
+            return found[:1]
     if name not in index:
         near = difflib.get_close_matches(name, index, n=1, cutoff=0.4)
         guess = f"did you mean {PREFIX}{near[0]}? " if near else ""
@@ -182,19 +220,26 @@ def _of_group(
             yield Member(name=f"{group}::{called}", entry=None, changes={**changes, **own})
 
 
-def _task(task: Any, shots: int | None) -> Task:
+def _task(task: Any, modes: Collection[Mode], shots: int | None) -> Task:
     """lm-eval's task object as a task of both modes; ``shots`` overrides its own number of examples, as in lm-eval."""
     name, config = f"{PREFIX}{task.task_name}", task.config
     own = config.num_fewshot or 0
-    if shots is not None and config.num_fewshot == 0 and shots:
-        raise ValueError(f"{name} fixes num_fewshot: 0 in its YAML, so lm-eval gives it no examples; leave --shots out")
     number = own if shots is None else shots
     task.set_config("num_fewshot", number)
     task.set_fewshot_seed(FEWSHOT_SEED)
     make = {"multiple_choice": choice_items, "loglikelihood": word_items, "generate_until": free_items}
-    items, bad = make[task.OUTPUT_TYPE](task, name, number)
+    try:
+        items, bad = make[task.OUTPUT_TYPE](task, name, number)
+    except Exception as error:  # whatever the YAML's templates and functions and lm-eval's samplers raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"{name}: lm-eval can't write its documents with {number} examples ({type(error).__name__}: {reason}); "
+            f"correct its YAML or lower --shots"
+        ) from error
     if not items:
         raise ValueError(f"{name}: no document makes an item; the first: {bad[0] if bad else 'there is none'}")
+    if GENERATION in modes and task.OUTPUT_TYPE == "generate_until":
+        try_judge(task, name, items[0])
     if bad:
         logger.warning("%s: %d of %d documents are left out; %s", name, len(bad), len(bad) + len(items), bad[0])
     lettered = task.OUTPUT_TYPE == "multiple_choice"

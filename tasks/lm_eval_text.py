@@ -5,9 +5,10 @@ lm-eval itself writes the prompt and draws the few-shot examples; what it writes
 unless the text lists them already.
 """
 
+import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -56,6 +57,8 @@ class Writer:
         for doc in self.task.task_docs:
             self._turns, self._drawn = [], []
             context = self.task.fewshot_context(doc, self.shots, gen_prefix=self.task.doc_to_prefix(doc))
+            if len(self._drawn) != self.shots:
+                raise ValueError(f"{self.shots} examples were asked for, and it gives {len(self._drawn)}")
             first = context[0] if isinstance(context, list) else context
             shots, (user, *begun) = self._turns[: self.shots], self._turns[self.shots]
             own = "".join(message.to_text() for turn in (*shots, [user, *begun]) for message in turn)
@@ -87,18 +90,55 @@ def _example(turn: Sequence[Any]) -> Example:
 def choice_items(task: Any, name: str, shots: int) -> tuple[list[Item], list[str]]:
     """(items, what is wrong with each document that makes none)."""
     documents = list(Writer(task, shots).documents())
-    golds = {tuple(options(task, written.doc)[1]) for written in documents}
+    mixed = one_place(options(task, written.doc) for written in documents)
+    pool = itertools.islice(task.fewshot_docs() or () if shots else (), POOL)
+    form = _Form(
+        mixed=mixed,
+        examples=mixed or one_place(options(task, doc, task.fewshot_cfg) for doc in pool),
+        cue=_common_cue(written.native.question for written in documents),
+    )
     items, bad = [], []
     for at, written in enumerate(documents):
         try:
-            # Where the gold always stands at one place, its letter would give it away.
-            items.append(_choice_item(task, f"{name}-{at:05d}", written, mixed=len(golds) == 1))
+            items.append(_choice_item(task, f"{name}-{at:05d}", written, form))
         except ValueError as error:
             bad.append(str(error))
     return items, bad
 
 
-def _choice_item(task: Any, one: str, written: Written, mixed: bool) -> Item:
+POOL = 200
+"""Documents that examples come from whose golds' places are looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """What view ``letters`` does in all documents of a task."""
+
+    mixed: bool
+    """Options are listed in an order by hash: where the gold always stands at one place, its letter gives it away."""
+    examples: bool
+    """So are the examples'."""
+    cue: str
+
+
+def one_place(listed: Iterable[tuple[Sequence[str], Sequence[int]]]) -> bool:
+    """Whether one place, from the front or from the back, holds a right choice in all documents that have one.
+
+    listed: (choices, the right ones' places) of each document.
+    """
+    known = [(len(choices), golds) for choices, golds in listed if golds]
+    front = [set(golds) for _, golds in known]
+    back = [{gold - n for gold in golds} for n, golds in known]
+    return bool(known) and bool(set.intersection(*front) or set.intersection(*back))
+
+
+def _common_cue(questions: Iterable[str]) -> str:
+    """The last line that asks for the answer, if it is the same everywhere; a text that ends in "He said:" does not."""
+    cues = {found[1] if (found := _CUE.search(question)) else "" for question in questions}
+    return cues.pop() if len(cues) == 1 else ""
+
+
+def _choice_item(task: Any, one: str, written: Written, form: _Form) -> Item:
     choices, golds = options(task, written.doc)
     if not golds:
         raise ValueError(f"{one}: lm-eval names no right one of its {len(choices)} choices")
@@ -110,14 +150,14 @@ def _choice_item(task: Any, one: str, written: Written, mixed: bool) -> Item:
         native = replace(native, question="", around=around, ending=ending)
     else:
         listed, texts = listing(native.question, choices)
-        stem, cue = cut_cue(native.question)
+        stem, cue = cut_cue(native.question, form.cue)
         native = replace(native, listed=listed, labels=() if texts == tuple(choices) else tuple(choices))
-    examples = tuple(_lettered_examples(task, written, mixed))
+    examples = tuple(_lettered_examples(task, written, form))
     native = replace(native, stem=stem, cue=cue, examples=examples)
     item = Item(
         id=one, question=native.question or stem, choices=texts, gold=golds[0], also=tuple(golds[1:]), native=native
     )
-    return reordered(item, _order(one, len(texts))) if mixed and not native.listed else item
+    return reordered(item, _order(one, len(texts))) if form.mixed and not native.listed else item
 
 
 def options(task: Any, doc: Any, config: Any = None) -> tuple[list[str], list[int]]:
@@ -130,18 +170,18 @@ def options(task: Any, doc: Any, config: Any = None) -> tuple[list[str], list[in
     return choices, [one for one in dict.fromkeys(golds) if isinstance(one, int) and 0 <= one < len(choices)]
 
 
-def _lettered_examples(task: Any, written: Written, mixed: bool) -> Iterator[Example]:
+def _lettered_examples(task: Any, written: Written, form: _Form) -> Iterator[Example]:
     for example, doc in zip(written.native.examples, written.shots, strict=True):
         choices, golds = options(task, doc, task.fewshot_cfg)
         listed, texts = listing(example.question, choices)
-        stem, cue = cut_cue(example.question.rstrip())
+        stem, cue = cut_cue(example.question.rstrip(), form.cue)
         if task.multiple_input:
             around, texts = gap(choices)
             stem, cue = f"{around[0]}_{around[1]}{example.joint}{example.reply}".strip(), CUE
         if listed == "letters" or not golds:
             yield replace(example, lettered=(example.question, example.reply))
             continue
-        order = _order(stem, len(texts)) if mixed and not listed else list(range(len(texts)))
+        order = _order(stem, len(texts)) if form.examples and not listed else list(range(len(texts)))
         question = lettered(stem, [texts[i].strip() for i in order], cue)
         yield replace(example, lettered=(question, labels(len(texts))[order.index(golds[0])]))
 
@@ -164,10 +204,10 @@ def gap(contexts: Sequence[str]) -> tuple[tuple[str, str], tuple[str, ...]]:
     return ((head, tail), middles) if all(map(str.strip, middles)) else (("", ""), tuple(contexts))
 
 
-def cut_cue(question: str) -> tuple[str, str]:
-    """(question, the last line that asks for the answer); "A:" would look like an option, so it becomes "Answer:"."""
+def cut_cue(question: str, cue: str) -> tuple[str, str]:
+    """(question, its last line ``cue``); "A:" would look like an option, so it becomes "Answer:"."""
     found = _CUE.search(question)
-    if found is None or not question[: found.start()].strip():
+    if found is None or found[1] != cue or not question[: found.start()].strip():
         return question, CUE
     cue = CUE if len(found[1]) <= 2 else found[1]
     return question[: found.start()].rstrip(), cue
@@ -195,8 +235,11 @@ def listing(question: str, choices: Sequence[str]) -> tuple[Literal["", "letters
     if not all(_BETWEEN.fullmatch(question[a[1] : b[0]]) for a, b in zip(ordered, ordered[1:], strict=False)):
         return "", tuple(choices)
     before = (question[:start].rstrip(" \t") for start, _ in spans)
-    lettered = all(re.search(rf"(?:^|\W){name}[.:)]$", text) for name, text in zip(names, before, strict=True))
-    return "letters" if lettered else "words", tuple(choices)
+    marks = [re.search(rf"(?:^|\W)({'|'.join(names)})[.:)]$", text) for text in before]
+    found = [mark[1] if mark else "" for mark in marks]
+    if found != list(names) and all(found):
+        return "", tuple(choices)  # a letter would stand for another choice than its place
+    return "letters" if found == list(names) else "words", tuple(choices)
 
 
 def _last(question: str, choice: str) -> tuple[int, int] | None:

@@ -196,7 +196,7 @@ def own_accuracy(folder: Path) -> None:
         (other_version, "lm-eval 0.3.0; 0.4 can be imported"),
         (other_model, "two models: model_name is .* and 'someone-else/model'"),
         (nothing, r"no results_\*.json of lm-eval"),
-        (another_gold, "document 0 of 'arc_easy': its target 'E' is none of the 4 choices"),
+        (another_gold, "document . of 'arc_easy': its target 'E' is none of the . choices"),
         (own_accuracy, "acc is 0.25, which is not that of the likeliest choice; leave the task out with --tasks"),
     ],
 )
@@ -218,3 +218,78 @@ def test_of_a_task_scored_twice_the_newest_counts_and_unknown_names_are_told(cop
         evalkit.import_run(copy, tasks=["nosuch"])
     with pytest.raises(ValueError, match="does not exist"):
         evalkit.import_run(copy / "nowhere")
+
+
+def test_an_old_runs_folder_is_not_written_over(written: Any, tmp_path: Path) -> None:
+    evalkit.import_run(written[0], out=tmp_path / "run")
+    with pytest.raises(ValueError, match="run is not empty; give the imported run another --out"):
+        evalkit.import_run(written[0], out=tmp_path / "run")
+
+
+def _written_by_hand(folder: Path, rows: list[dict[str, Any]], date: str = "2026", **results: Any) -> Path:
+    """What lm-eval writes of one task of multiple choice, with ``rows``'s fields."""
+    folder.mkdir(exist_ok=True)
+    config = {"output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    told = {"lm_eval_version": "0.4.9", "model_name": "m", "config": {}, "configs": {f"t{date}": config}, **results}
+    (folder / f"results_{date}.json").write_text(json.dumps(told))
+    lines = [{"doc_id": at, "resps": [], **row} for at, row in enumerate(rows)]
+    (folder / f"samples_t{date}_{date}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _numbers(target: str, likeliest: int, joint: str = " ", **metrics: float) -> dict[str, Any]:
+    """A document with the choices 1 to 4, and the likeliest of them."""
+    sums = [-1.0 if at == likeliest else -2.0 for at in range(4)]
+    asked = [["How many?", f"{joint}{number}"] for number in range(1, 5)]
+    return {"target": target, "arguments": asked, "filtered_resps": [[s, False] for s in sums], **metrics}
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm"])
+def test_a_gold_that_is_a_place_and_a_text_is_read_as_gives_the_logged_accuracies(tmp_path: Path, metric: str) -> None:
+    for name, right in (("place", 1), ("text", 0)):
+        rows = [_numbers("1", right, **{metric: 1.0}), _numbers("2", 3, **{metric: 0.0})]
+        run = evalkit.import_run(_written_by_hand(tmp_path / name, rows))
+        assert [record.gold for record in run.records("lm_eval:t2026").values()] == [right, right + 1]
+    rows = [_numbers("1", 1, **{metric: 1.0}), _numbers("1", 0, **{metric: 1.0})]
+    with pytest.raises(ValueError, match=f"document 1 of 't2026': lm-eval's {metric} is 1.0"):
+        evalkit.import_run(_written_by_hand(tmp_path / "both", rows))
+
+
+def test_documents_without_a_gold_are_left_out_and_a_chats_choices_begin_their_turn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [_numbers("1", 1, "", acc=1.0), _numbers("7", 1, "", acc=0.0)]
+    run = evalkit.import_run(_written_by_hand(tmp_path / "a", rows, chat_template="{{x}}"))
+    [record] = run.records("lm_eval:t2026").values()
+    assert record.choices == ("1", "2", "3", "4") and "1 of 2 documents are left out" in caplog.text
+    spaced = [_numbers("1", 1, " ", acc=1.0)]
+    with pytest.raises(ValueError, match="asked in two ways: chat is True in samples_t2026.* and False in"):
+        _written_by_hand(tmp_path / "a", spaced, "2027")
+        evalkit.import_run(tmp_path / "a")
+
+
+def test_what_needs_the_model_or_the_prompts_of_an_imported_run_is_refused_at_once(
+    written: Any, tmp_path: Path
+) -> None:
+    from evalkit import api_reports
+    from reports.audit import draw
+
+    runs = [evalkit.import_run(folder, out=tmp_path / folder.name) for folder in written[:2]]
+    one = evalkit.import_run(written[0], out=tmp_path / "one", tasks=["arc_easy"])
+    refused = "was imported from lm-eval, so it can't be used"
+    for use in (
+        lambda: evalkit.compare(runs[0], "nothing"),
+        lambda: evalkit.check("nothing", [tmp_path / "one"]),
+        lambda: api_reports.score_again([tmp_path / "one"]),
+        lambda: api_reports.rescore(runs[0], rules="strict"),
+        lambda: api_reports.divergence(runs[0], "nothing"),
+        lambda: api_reports.bridge(*runs),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            use()
+    with pytest.raises(ValueError, match="has no generation outcomes, as its other tasks have"):
+        evalkit.check(runs[1], [tmp_path / written[0].name])
+    _, [verdict] = evalkit.check(one, [tmp_path / "one"])
+    assert verdict.reasons == ("the primary generation was not scored",)
+    sheet, key = draw(*runs, n=4)
+    assert list(key["gaps"]) == ["lm_eval:triviaqa"] and sheet

@@ -19,7 +19,8 @@ from evalkit.selection import select
 from evalkit.settings import Settings
 from evalkit.views import ask, labels
 from tasks.lm_eval_text import gap, listing
-from tests.tasks.lm_eval_cases import ARC, CASES, Case, arc, serve, yaml_of
+from tests.tasks.lm_eval_cases import CASES, serve, yaml_of
+from tests.tasks.lm_eval_rows import ARC, Case, arc
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = [
