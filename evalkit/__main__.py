@@ -7,7 +7,7 @@ import sys
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, under a name that the command-line library does not turn into its own message."""
+    """Ctrl-C or SIGTERM, under a name that the command-line library does not turn into its own message."""
 
 
 def _interrupt(*_: object) -> None:
@@ -17,7 +17,8 @@ def _interrupt(*_: object) -> None:
 def main() -> None:
     """Exit codes: 0 done, 2 wrong usage or input (one line on standard error), and `check` adds 1 and 3;
     EVALKIT_DEBUG=1 shows the traceback."""
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     # Threads that spin while they wait make torch four times slower on a CPU that has anything else to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -82,13 +82,16 @@ CacheDir = Annotated[
     typer.Option("--cache-dir", help="Take replies from this folder's store, and add new ones.", show_default="none"),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes of this machine that share the requests: one a GPU.")
+    int | None, typer.Option(min=1, help="Spread the requests over so many processes of this machine: one a GPU.")
 ]
-RayAddress = Annotated[str | None, typer.Option("--ray", help="Share them over a Ray cluster: its address, or auto.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", help="Spread the requests over a Ray cluster: its address, or auto.")
+]
 RayActors = Annotated[
-    int | None, typer.Option(min=1, help="Workers in it.", show_default="one a GPU; without GPUs one a node")
+    int | None,
+    typer.Option(min=1, help="Workers on the Ray cluster.", show_default="one a GPU; without GPUs one a node"),
 ]
-RayResources = Annotated[str, typer.Option(help="Of each: num_gpus=1,num_cpus=2, or a resource of your own.")]
+RayResources = Annotated[str, typer.Option(help="What each Ray worker takes: num_gpus=1,num_cpus=2, ...")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Progress as JSON lines on standard error.")]
 
 console = Console(markup=False)
@@ -134,10 +137,11 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
     """Give ``command`` all scoring options behind its own; it takes them as ``**options``, ready for the API."""
 
     @functools.wraps(command)
-    def wrapped(**values: Any) -> None:
+    def wrapped(context: typer.Context, **values: Any) -> None:
         _quiet()
         # What the user left out is left out here too: the API takes a run's own, or its defaults.
-        untouched = [p.name for p in shared if values[p.name] == p.default]
+        sources = {p.name: context.get_parameter_source(p.name) for p in shared}
+        untouched = [name for name, source in sources.items() if source is not None and source.name == "DEFAULT"]
         values = {name: value for name, value in values.items() if name not in untouched}
         if "tasks" in values:
             values["tasks"] = [name for name in values["tasks"].split(",") if name]
@@ -148,7 +152,8 @@ def scores(command: Callable[..., None]) -> Callable[..., None]:
 
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     shared = list(inspect.signature(_scoring_options).parameters.values())
-    both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
+    told = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    both = [told, *(p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared))]
     wrapped.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in both}
     return wrapped
@@ -373,8 +378,13 @@ def _print_comparison(made: Any, out: Path, json_output: bool) -> None:
 
 
 def _quiet() -> None:
-    """Other libraries' bars and chatter would break ours; EVALKIT_DEBUG=1 lets them through."""
-    if os.environ.get("EVALKIT_DEBUG"):
+    """Other libraries' bars and chatter would break ours; EVALKIT_DEBUG=1 lets them through, and all of our own."""
+    debugged = bool(os.environ.get("EVALKIT_DEBUG"))
+    level = stdlib_logging.DEBUG if debugged else stdlib_logging.INFO
+    stdlib_logging.getLogger("evalkit").setLevel(level)
+    if stdlib_logging.lastResort is not None:  # the handler on standard error of a program that set up none
+        stdlib_logging.lastResort.setLevel(level)
+    if debugged:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -50,11 +50,12 @@ def prune_command(
     model: Annotated[str | None, typer.Option(help="Remove this model's stores.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Drop damaged and doubled lines; with --older-than or --model, whole stores."""
+    """Drop damaged and doubled lines, and stores whose first line is damaged; with --older-than or --model, whole
+    stores. Runs that use a store meanwhile go on, and add to what is left."""
     freed = removed = 0
     for one in _found(folder):
         old = older_than is not None and time.time() - one.used > older_than * 86400
-        if old or (model is not None and one.how["model"] == model):
+        if old or not one.how or (model is not None and one.how["model"] == model):
             freed += remove(one)
             removed += 1
         else:
@@ -89,6 +90,7 @@ def _print(found: list[Kept], json_output: bool) -> None:
     table = Table("Model", "Engine", "DType", "Device", "Replies", "MB", "Last added", "File", box=box.SIMPLE_HEAD)
     for one in found:
         last = datetime.datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
-        how = (str(one.how.get(name, "")) for name in ("model", "engine", "dtype", "device"))
+        how = [str(one.how.get(name, "")) for name in ("model", "engine", "dtype", "device")]
+        how = how if one.how else ["(damaged)", "", "", ""]
         table.add_row(*how, f"{one.replies:,}", f"{one.bytes / MEGABYTE:.1f}", last, one.path.name)
     console.print(table)

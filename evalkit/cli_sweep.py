@@ -51,7 +51,7 @@ def sweep(
     aside = Console(stderr=True, markup=False)
 
     def told(result: Result) -> None:
-        aside.print(f"{result.job.name}: {result.status}{f': {result.why}' if result.why else ''}")
+        aside.print(f"{result.job.name}: {result.status}{f': {result.why}' if result.why else ''}", soft_wrap=True)
 
     with bars(True, file.stem) as report:
         results = run_sweep(jobs, report, told)

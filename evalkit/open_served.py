@@ -29,6 +29,8 @@ def open_served(spec: Spec) -> Opened:
     for name, untouched in fixed.items():
         if not untouched:
             raise ValueError(f"the server chooses its own {name}; leave --{name.replace('_', '-')} out")
+    if chat and (spec.revision is not None or spec.trust_remote_code):
+        raise ValueError("endpoint=chat loads no tokenizer here; leave --revision and --trust-remote-code out")
     threads = _at_least(spec.options, "concurrency", 1, 16)
     variable = spec.options.get("api_key_env")
     server = Server(

@@ -5,6 +5,7 @@ Nothing in a ``Spec`` changes a score beyond rounding. It pickles, so a worker e
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from evalkit.engines.base import Engine
@@ -58,6 +59,8 @@ class Opened:
     """Gives back what outlives the object: servers, worker processes."""
     workers: int = 1
     """Engines that answer at the same time."""
+    live: bool = False
+    """A module of the caller's: hooks and code of its own may change replies, and nothing tells."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,18 +89,29 @@ class Spread:
         return self.workers is not None or self.ray is not None
 
 
+def own_files(model: str) -> Path | None:
+    """The user's folder or file that ``model`` means; None: a name, of a built-in model (those come first) or of one
+    elsewhere."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return None
+    from models.builtin import BUILTIN
+
+    return None if model in BUILTIN else path
+
+
 def open_spread(spec: Spec, spread: Spread) -> Opened:
     """``spec`` in every worker of ``spread``, behind one engine; the model is loaded in the workers alone."""
     from dataclasses import replace
     from functools import partial
-    from pathlib import Path
 
     from evalkit.engines.pool import Pool
 
     if spec.engine == "openai":
         raise ValueError("engine 'openai' is one server's; ask more of it at once with --engine-option concurrency=32")
-    if Path(spec.model).expanduser().exists():  # workers elsewhere start in another folder
-        spec = replace(spec, name=spec.name or spec.model, model=str(Path(spec.model).expanduser().resolve()))
+    own = own_files(spec.model)
+    if own is not None:  # workers elsewhere start in another folder
+        spec = replace(spec, name=spec.name or spec.model, model=str(own.resolve()))
     opener = partial(open_engine, spec)
     leave: Callable[[], None] = lambda: None  # noqa: E731
     if spread.ray is not None:
@@ -167,7 +181,8 @@ def open_engine(spec: Spec) -> Opened:
         trust_remote_code=spec.trust_remote_code,
         dequantise=dequantise,
     )
-    return open_loaded(replace(loaded, name=spec.name) if spec.name else loaded, spec.batch_size)
+    opened = open_loaded(replace(loaded, name=spec.name) if spec.name else loaded, spec.batch_size)
+    return replace(opened, live=False)
 
 
 def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
@@ -191,7 +206,10 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             "batch_size": engine.batch_size,
             "head": engine.head_dtype,
             "device": loaded.device,
+            "class": type(loaded.model).__name__,
+            "attention": getattr(getattr(loaded.model, "config", None), "_attn_implementation", None),
         },
+        live=True,
         versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
         profile=engine.profile.row,

@@ -5,6 +5,7 @@ reply: key, checksum, value. The key is a hash of the exact token ids and settin
 lock, so two processes may share one; a line that a crash or a disk damaged is named, and its reply is asked for again.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -40,19 +41,31 @@ class Responses:
 
     def __init__(self, folder: Path, how: Mapping[str, Any], name: str = "") -> None:
         """how: all that a reply depends on beside its request, as JSON values. name: the model's, to be shown."""
-        told = json.dumps(how, sort_keys=True)
-        self.path = folder / FOLDER / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
+        self.path = folder / FOLDER / _file_name(how)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.hits = self.misses = self.damaged = 0
+        self.hits = self.misses = self.added = self.damaged = 0
+        self._header = json.dumps({"schema": SCHEMA, "model": name, **how}).encode() + b"\n"
         self._waiting: list[bytes] = []
         self._lock = lock_of(self.path)
         with self._lock:
-            if not self.path.exists():
-                with atomic(self.path) as file:
-                    file.write(json.dumps({"schema": SCHEMA, "model": name, **how}).encode() + b"\n")
+            self._open()
+
+    def _open(self) -> None:
+        """Under the lock."""
+        if not self.path.exists():
+            with atomic(self.path) as file:
+                file.write(self._header)
         _header(self.path)
         self._offsets = {line[_KEY]: offset for offset, line in _lines(self.path)}
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115  (open as long as the store)
+
+    def _replaced(self) -> bool:
+        """Whether another file, or none, is at the path by now: `evalkit cache prune` was there."""
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return True
+        return not os.path.samestat(there, os.fstat(self._file.fileno()))
 
     def get(self, key: str) -> Any:
         """The value under ``key``; None: not held, or damaged."""
@@ -81,6 +94,9 @@ class Responses:
         if not self._waiting:
             return
         with self._lock:
+            if self._replaced():
+                self._file.close()
+                self._open()
             end = self._file.seek(0, os.SEEK_END)
             self._file.seek(max(0, end - 1))
             if end and self._file.read(1) != b"\n":  # another writer died in the middle of a line
@@ -96,6 +112,7 @@ class Responses:
         for line in self._waiting:
             if line != b"\n":
                 self._offsets[line[_KEY]] = at
+                self.added += 1
             at += len(line)
         self._waiting = []
 
@@ -250,8 +267,16 @@ def _header(path: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise ValueError(f"{path} does not begin as a file of {SCHEMA!r} does; remove it, or give another --cache-dir")
-    return found
+        what = f"does not begin as a file of {SCHEMA!r} does"
+    elif path.name != _file_name({name: value for name, value in found.items() if name not in ("schema", "model")}):
+        what = "is not named after what its first line says"
+    else:
+        return found
+    raise ValueError(f"{path} {what}; remove it by `evalkit cache prune`, or give another --cache-dir")
+
+
+def _file_name(how: Mapping[str, Any]) -> str:
+    return f"{hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:16]}.jsonl"
 
 
 def where(path: Path, offset: int) -> str:
@@ -268,34 +293,45 @@ class Kept:
 
     path: Path
     how: dict[str, Any]
+    """Its first line; empty: that is damaged, and nobody uses the file."""
     replies: int
     bytes: int
     used: float
     """When a reply was last added (seconds since 1970)."""
     damaged: tuple[str, ...] = ()
-    """Where damaged lines stand; filled in by ``verify``."""
+    """Where damaged lines stand: the first one always, the others filled in by ``verify``."""
 
 
 def kept(folder: Path, check: bool = False) -> list[Kept]:
     """Every file of replies under ``folder``; with ``check`` each line's checksum is compared."""
     found = []
     for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        keys, damaged = set(), []
-        for offset, line in _lines(path):
-            if check and parse(line) is None:
-                damaged.append(where(path, offset))
-            else:
-                keys.add(line[_KEY])
-        size = path.stat()
-        one = Kept(path=path, how=_header(path), replies=len(keys), bytes=size.st_size, used=size.st_mtime)
-        found.append(replace(one, damaged=tuple(damaged)))
+        with lock_of(path) if check else contextlib.nullcontext():  # else a line that is being written seems damaged
+            found.append(_kept(path, check))
     return found
+
+
+def _kept(path: Path, check: bool) -> Kept:
+    keys, damaged = set(), []
+    try:
+        how = _header(path)
+    except ValueError:
+        how = {}
+        damaged.append(where(path, 0))
+    for offset, line in _lines(path):
+        if check and parse(line) is None:
+            damaged.append(where(path, offset))
+        else:
+            keys.add(line[_KEY])
+    size = path.stat()
+    one = Kept(path=path, how=how, replies=len(keys), bytes=size.st_size, used=size.st_mtime)
+    return replace(one, damaged=tuple(damaged))
 
 
 def prune(one: Kept) -> int:
     """Rewrite a file without damaged and doubled lines; the bytes that it gave back.
 
-    A run that has the file open goes on with the old one: what it adds afterwards is lost to later runs, not to it.
+    A run that has the file open takes up the new one before it adds more.
     """
     with lock_of(one.path):
         before = one.path.stat().st_size

@@ -35,6 +35,11 @@ def stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterator
 
     from evalkit.responses import Responses, StoredEngine, code
 
+    if opened.live:
+        raise ValueError(
+            f"--cache-dir keeps replies by the model's files, and {opened.model.name} is a live module, which hooks or "
+            f"code may have changed; leave it out, or give the model's folder"
+        )
     if opened.model.parts.get("weights", "").startswith("unknown"):
         raise ValueError(
             f"--cache-dir keeps replies by the model's weights, and those of {opened.model.name} are unknown: a server "
@@ -48,7 +53,7 @@ def stored(opened: Opened, cache_dir: str | os.PathLike[str] | None) -> Iterator
         yield replace(opened, engine=StoredEngine(opened.engine, responses))
     finally:
         responses.close()
-    logger.info("%d replies taken from %s, %d added", responses.hits, responses.path, responses.misses)
+    logger.info("%d replies taken from %s, %d added", responses.hits, responses.path, responses.added)
 
 
 def score(

@@ -6,7 +6,10 @@ Each checkpoint is scored in a process of its own: its memory goes with it, and 
 import difflib
 import glob
 import inspect
+import json
+import logging
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing.connection import Connection, wait
@@ -16,16 +19,22 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from evalkit import api
-from evalkit.engines.local import Process
-from evalkit.naming import tasks_of
-from evalkit.opening import Spec, Spread
+from evalkit import __version__, api
+from evalkit.engines.local import GLANCE_S, Process
+from evalkit.naming import data_folder, tasks_of
+from evalkit.opening import Spec, Spread, own_files
 from evalkit.progress import Progress
 from evalkit.registry import Task
 from evalkit.settings import Settings
-from evalkit.store import MANIFEST, read_manifest, read_run
+from evalkit.store import read_run, write_json
 from evalkit.yaml12 import Loader
 
+logger = logging.getLogger("evalkit")
+
+ASKED = "sweep.json"
+"""In a run's folder: what the sweep that finished it had asked for."""
+_SPREAD = ("workers", "ray", "ray_actors", "ray_resources")
+"""Options that are the whole sweep's: they change no score, and checkpoints share the cluster."""
 _OWN = {"model", "tasks", "tokenizer", "name", "out", "progress", "settings"}
 """Parameters of ``api.run`` that a sweep sets itself."""
 
@@ -36,7 +45,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
-    """A name, a folder, or a pattern of folders (``checkpoints/step-*``)."""
+    """A name, a folder or GGUF file, or a pattern of those (``checkpoints/step-*``)."""
     name: str = ""
     """Of its run folder. Empty: the model's last part, or its whole path where two share that."""
     options: dict[str, Any] = {}
@@ -103,7 +112,11 @@ def read_sweep(path: Path, changes: Mapping[str, Any]) -> list[Job]:
     jobs = []
     for at, entry in enumerate(sweep.models):
         options = {**_options(sweep.options, f"{path}: options"), **given}
-        options |= _options(entry.options, f"{path}: models.{at}.options")
+        own = _options(entry.options, f"{path}: models.{at}.options")
+        for name in own:
+            if name in _SPREAD:
+                raise ValueError(f"{path}: models.{at}.options: {name} is the whole sweep's; put it under its options")
+        options |= own
         _check(options, f"{path}: models.{at}.options" if entry.options else f"{path}: options")
         found = _models(entry.model, f"{path}: models.{at}")
         if entry.name and len(found) > 1:
@@ -124,26 +137,43 @@ def _tasks(job: Job) -> list[Task]:
 
 
 def finished(job: Job) -> dict[str, Any] | None:
-    """The summary of a run that is finished: of the same model, asked the same, and made after the model folder's last
-    change. None: there is something to do, or to look at more closely than by its name."""
+    """The summary of a run that an equal job finished, after the model folder's last change. None: there is something
+    to do, or ``api.run`` has to decide: what was asked differs, or the run is damaged."""
     from reports.summary import run_summary
 
-    if not (job.out / MANIFEST).exists():
+    try:
+        # A torn or foreign file is no equal job; what else is wrong, the job's own process tells.
+        if json.loads((job.out / ASKED).read_text(encoding="utf-8")) != _asked(job):
+            return None
+        if _changed(job.model) > (job.out / ASKED).stat().st_mtime:
+            return None
+        return run_summary(read_run(job.out))
+    except (ValueError, OSError):
         return None
-    manifest = read_manifest(job.out)
-    settings, _ = _settings(job.options)
-    wanted = {(task.name, task.version) for task in _tasks(job)}
-    there = {(entry.name, entry.version) for entry in manifest.tasks}
-    same = manifest.model.name == job.model and manifest.settings == settings and wanted <= there
-    if not same or not manifest.complete or _changed(job.model) > (job.out / MANIFEST).stat().st_mtime:
-        return None
-    return run_summary(read_run(job.out))
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """All that a score of ``job`` depends on, as JSON values, as far as it is known before a model is loaded."""
+    settings, rest = _settings(job.options)
+    own = own_files(job.model)
+    asked = {
+        "evalkit": __version__,
+        "model": job.model if own is None else str(own.resolve()),
+        "tasks": sorted([task.name, task.version] for task in _tasks(job)),
+        "settings": settings.model_dump(),
+        "options": {name: value for name, value in rest.items() if name not in _SPREAD},
+        "data_dir": data_folder(rest.get("data_dir")),
+    }
+    found: dict[str, Any] = json.loads(json.dumps(asked, default=str))
+    return found
 
 
 def _changed(model: str) -> float:
-    """When a model's folder last changed (seconds since the epoch); 0: it is no folder here."""
+    """When a model's files last changed (seconds since the epoch); 0: there are none here."""
     # A copy may keep the time of its content (mtime), but not that of its entry (ctime).
-    return max((file.stat().st_ctime for file in Path(model).expanduser().glob("*")), default=0.0)
+    own = own_files(model)
+    files = [] if own is None else own.glob("*") if own.is_dir() else [own]
+    return max((file.stat().st_ctime for file in files), default=0.0)
 
 
 def run_sweep(jobs: Sequence[Job], report: Progress, told: Callable[[Result], None]) -> list[Result]:
@@ -156,11 +186,7 @@ def run_sweep(jobs: Sequence[Job], report: Progress, told: Callable[[Result], No
 
     todo = []
     for job in jobs:
-        try:
-            summary = finished(job)
-        except ValueError as error:
-            end(Result(job=job, status="failed", why=str(error)))
-            continue
+        summary = finished(job)
         if summary is None:
             todo.append(job)
         else:
@@ -173,10 +199,11 @@ def run_sweep(jobs: Sequence[Job], report: Progress, told: Callable[[Result], No
                 job = todo.pop(0)
                 process = Process(_score, job, {**job.options, **actors})
                 running[process.pipe] = job, process
-            for pipe in wait(list(running)):
-                assert isinstance(pipe, Connection)
-                job, process = running[pipe]
-                result = _heard(pipe, job, process, report)
+            told_now = wait(list(running), GLANCE_S)
+            for pipe, (job, process) in list(running.items()):
+                if pipe not in told_now and process.process.is_alive():
+                    continue
+                result = _heard(job, process, report)
                 if result is not None:
                     del running[pipe]
                     process.close()
@@ -213,19 +240,30 @@ def _score(pipe: Connection, job: Job, options: Mapping[str, Any]) -> None:
 
     _quiet()
 
+    def tell(kind: str, value: Any) -> None:
+        try:
+            pipe.send((kind, value))
+        except OSError:
+            sys.exit(1)  # the sweep is gone; what is open gets closed on the way out
+
     def report(task: str, done: int, total: int) -> None:
-        pipe.send(("progress", (task, done, total)))
+        tell("progress", (task, done, total))
 
     try:
         made = api.run(job.model, job.tasks, out=job.out, progress=report, **options)
-        pipe.send(("done", run_summary(made)))
+        write_json(job.out / ASKED, _asked(job))
+        tell("done", run_summary(made))
     except (ValueError, OSError, ImportError) as error:
-        pipe.send(("failed", " ".join(str(error).split())))
+        tell("failed", " ".join(str(error).split()))
+    except Exception as error:
+        logger.debug("%s", job.name, exc_info=True)
+        last = (str(error).strip().splitlines() or [""])[-1]
+        tell("failed", f"{type(error).__name__}: {last}")
 
 
-def _heard(pipe: Connection, job: Job, process: Process, report: Progress) -> Result | None:
+def _heard(job: Job, process: Process, report: Progress) -> Result | None:
     try:
-        kind, value = pipe.recv()
+        kind, value = process.receive()
     except (EOFError, OSError):
         why = f"its process {process.close()}; run the sweep again, and it goes on where it stopped"
         return Result(job=job, status="failed", why=why)
@@ -242,16 +280,24 @@ def _heard(pipe: Connection, job: Job, process: Process, report: Progress) -> Re
 
 
 def _models(pattern: str, where: str) -> list[str]:
-    """The model folders that a pattern stands for, in the order of the numbers in their names."""
+    """The model folders and GGUF files that a pattern stands for, in the order of the numbers in their names."""
     if not glob.has_magic(pattern):
         return [pattern]
     from models.load import DELTA_FILE
+    from models.quantised import gguf_in
+
+    def is_model(path: Path) -> bool:
+        if not path.is_dir():
+            return path.suffix == ".gguf"
+        return any((path / file).is_file() for file in ("config.json", DELTA_FILE)) or bool(gguf_in(path))
 
     found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-    folders = [one for one in found if any((Path(one) / file).is_file() for file in ("config.json", DELTA_FILE))]
-    if not folders:
-        raise ValueError(f"{where}: no model folder matches {pattern!r} ({len(found)} matches without a config.json)")
-    return sorted(folders, key=lambda one: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", one)])
+    models = [one for one in found if is_model(Path(one))]
+    if not models:
+        raise ValueError(
+            f"{where}: no model folder or GGUF file matches {pattern!r} ({len(found)} matches without a config.json)"
+        )
+    return sorted(models, key=lambda one: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", one)])
 
 
 def _named(jobs: Sequence[Job], path: Path) -> list[Job]:

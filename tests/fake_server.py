@@ -18,7 +18,7 @@ FIELDS = {
     | {"skip_special_tokens", "echo", "logprobs"},
     "echo": COMMON | {"echo", "logprobs"},
     "text": COMMON,
-    "chat": {"model", "messages", "max_tokens", "temperature", "top_p", "seed"},
+    "chat": {"model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop"},
 }
 """What each dialect takes; anything else is refused. Only the first two take token ids and score prompts."""
 

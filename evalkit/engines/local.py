@@ -4,12 +4,16 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from evalkit.engines.pool import PATIENCE_S, Host, WorkerDied, unpack
 from evalkit.records import Reply, Request
+
+GLANCE_S = 0.2
+"""Between two looks at whether a process still lives."""
 
 
 class Process:
@@ -23,12 +27,22 @@ class Process:
         self.process.start()
         theirs.close()  # so that its death closes the pipe
 
+    def receive(self) -> Any:
+        """What it sends next. EOFError: it is gone. The pipe alone does not tell: a process that the lost one had
+        forked (vLLM does) holds it open."""
+        while not self.pipe.poll(GLANCE_S):
+            if not self.process.is_alive() and not self.pipe.poll():
+                raise EOFError
+        return self.pipe.recv()
+
     def stop(self, force: bool) -> None:
         self.process.kill() if force else self.process.terminate()
 
     def close(self) -> str:
         """Wait for its end, or bring it about -> how it ended."""
-        self.process.join(PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        while self.process.is_alive() and time.monotonic() < deadline:
+            self.process.join(GLANCE_S)  # in glances, as in `receive`
         self.stop(force=True)
         self.process.join()
         self.pipe.close()
@@ -68,7 +82,7 @@ class LocalWorker:
 
     def _receive(self) -> Any:
         try:
-            message = self._process.pipe.recv()
+            message = self._process.receive()
         except (EOFError, OSError) as error:
             raise WorkerDied(f"{self.name} {self._process.close()}") from error
         return unpack(message, self.name)
@@ -96,7 +110,7 @@ def _serve(pipe: Connection, opener: Callable[[], Any], environment: dict[str, s
 
 def environments(workers: int, device: str) -> list[dict[str, str]]:
     """What each of ``workers`` processes sees: an even part of the GPUs and of the processor's cores."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // workers))
     gpus = _gpus() if device in ("auto", "cuda") else []
     each = max(1, len(gpus) // workers)
     return [
@@ -104,6 +118,13 @@ def environments(workers: int, device: str) -> list[dict[str, str]]:
         | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus[(n * each + i) % len(gpus)] for i in range(each))} if gpus else {})
         for n in range(workers)
     ]
+
+
+def _cores() -> int:
+    """Those that this process may use; containers and schedulers give fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

@@ -7,10 +7,11 @@ characters, and its template writes the conversation as JSON, which ``ChatEngine
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
-from typing import Any
+from typing import Any, Literal
 
 from evalkit.encoding import Tokenizer
-from evalkit.engines.openai import CANNOT, HABITS, ended, sampling, understood
+from evalkit.engines.openai import CANNOT, HABITS, STOPS, ended, in_thought, sampling, understood
+from evalkit.engines.replies import first_stop
 from evalkit.engines.server import Refused, Server
 from evalkit.records import LOGLIKELIHOOD, Generated, Generation, Reply, Request
 from evalkit.settings import Settings
@@ -62,11 +63,13 @@ class ChatEngine:
         for index, request in enumerate(requests):
             assert request.generation is not None and not request.continuations, "check() refuses log-likelihood"
             messages = json.loads(self.tokenizer.decode(request.prompt))
-            jobs.append((index, self._body(messages, request.generation)))
+            jobs.append((index, messages, self._body(messages, request.generation)))
         with ThreadPool(self._threads) as pool:
-            for index, found in pool.imap_unordered(lambda job: (job[0], self._post(job[1])), jobs):
+            for index, messages, found in pool.imap_unordered(lambda job: (*job[:2], self._post(job[2])), jobs):
+                generation = requests[index].generation
+                assert generation is not None
                 with understood(self.server):
-                    said = self._said(found)
+                    said = self._said(messages, generation, found)
                 yield index, Reply(generated=said)
 
     def check(self, settings: Settings) -> None:
@@ -84,15 +87,20 @@ class ChatEngine:
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         return self.server.post("/chat/completions", {"model": self.model, **body}, needs="choices")
 
-    def _body(self, messages: list[dict[str, str]], generation: Generation) -> dict[str, Any]:
-        return {"messages": messages, self._limit: generation.max_tokens, **sampling(generation), **self._habits}
+    def _body(self, messages: list[dict[str, str]], generation: Generation, stopping: bool = True) -> dict[str, Any]:
+        body = {"messages": messages, self._limit: generation.max_tokens, **sampling(generation), **self._habits}
+        return {**body, "stop": list(generation.stops[:STOPS])} if stopping and generation.stops else body
 
-    def _said(self, found: dict[str, Any]) -> Generated:
-        choice = found["choices"][0]
-        message = choice.get("message") or {}
-        finish = ended(self.server, choice)
-        text = str(message.get("content") or "")
-        thought = str(message.get("reasoning_content") or message.get("reasoning") or "")
+    def _said(self, messages: list[dict[str, str]], generation: Generation, found: dict[str, Any]) -> Generated:
+        end, text, thought = self._read(found)
+        inside = in_thought(text, generation) or (thought and not text)  # where no stop string counts
+        if end != "length" and generation.stops and inside:
+            found = self._post(self._body(messages, generation, stopping=False))
+            end, text, thought = self._read(found)
+        cut = first_stop(text, generation.stops)
+        text = text if cut is None else text[:cut]
+        stopped = cut is not None or (end == "eos" and bool(generation.stops))  # as the text-only OpenAIEngine has it
+        finish: Literal["eos", "stop", "length"] = "stop" if stopped else end
         count = (found.get("usage") or {}).get("completion_tokens") or 0
         return Generated(
             text=text,
@@ -101,3 +109,10 @@ class ChatEngine:
             thought=thought,
             cut_in="thought" if thought and not text and finish == "length" else "",
         )
+
+    def _read(self, found: dict[str, Any]) -> tuple[Literal["eos", "length"], str, str]:
+        """(why it ended, the answer, the thought before it)"""
+        choice = found["choices"][0]
+        message = choice.get("message") or {}
+        thought = str(message.get("reasoning_content") or message.get("reasoning") or "")
+        return ended(self.server, choice), str(message.get("content") or ""), thought

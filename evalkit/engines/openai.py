@@ -29,7 +29,7 @@ _WAYS: Mapping[str, Mapping[str, Any]] = {
 }
 _FLOOR = -9999.0
 """What vLLM writes for minus infinity, which JSON lacks."""
-_STOPS = 4
+STOPS = 4
 """More are refused by OpenAI's protocol; all are looked for here again."""
 CANNOT = (400, 404, 405, 415, 422, 501)
 """Statuses of a server that does not know what it is asked for."""
@@ -49,8 +49,8 @@ class Mismatch(ValueError):
     """The server's answer is not one to what it was sent."""
 
     def __init__(self, server: Server, what: str) -> None:
-        super().__init__(f"the server {server.url} {what}")
-        self.what = what
+        self.what = server.clean(what)
+        super().__init__(f"the server {server.url} {self.what}")
 
 
 @contextlib.contextmanager
@@ -233,7 +233,7 @@ class OpenAIEngine:
     def _say_body(self, prompt: tuple[int, ...], generation: Generation, stopping: bool = True) -> dict[str, Any]:
         body = {"prompt": self._sent(prompt), "max_tokens": generation.max_tokens, **sampling(generation)}
         if stopping and generation.stops:
-            body["stop"] = list(generation.stops[:_STOPS])
+            body["stop"] = list(generation.stops[:STOPS])
         if self.dialect.extras:
             body |= {**EXTRAS, "skip_special_tokens": CLOSE not in generation.stops}
         return body
@@ -242,7 +242,7 @@ class OpenAIEngine:
         choice = self._read(prompt, found)
         finish = ended(self.server, choice)
         text = str(choice.get("text") or "")
-        if finish != "length" and generation.stops and self._in_thought(text, generation):
+        if finish != "length" and generation.stops and in_thought(text, generation):
             choice = self._read(prompt, self._post(self._say_body(prompt, generation, stopping=False)))
             finish, text = ended(self.server, choice), str(choice.get("text") or "")
         if not self.dialect.token_ids:
@@ -253,10 +253,6 @@ class OpenAIEngine:
         if said.finish == "length" and finish != "length":  # the token that ended it was left out
             said = replace(said, finish="stop" if isinstance(reason, str) else finish)
         return said
-
-    def _in_thought(self, text: str, generation: Generation) -> bool:
-        """Whether the server stopped inside a thinking block that the model opened; no stop string counts there."""
-        return text.lstrip().startswith(OPEN) and CLOSE not in text and CLOSE not in generation.stops
 
     def _from_text(self, text: str, finish: Literal["eos", "length"], generation: Generation) -> Generated:
         """Without token ids: the text is tokenised again, and where stop strings were given, one ended the reply."""
@@ -307,7 +303,7 @@ class OpenAIEngine:
             extras=bool(extras),
             token_ids=told,
             scores="",
-            system=str(found.get("system_fingerprint") or ""),
+            system=self.server.clean(str(found.get("system_fingerprint") or "")),
         )
         why = []
         for way in ("prompt_logprobs", "echo"):
@@ -339,9 +335,14 @@ def sampling(generation: Generation) -> dict[str, Any]:
     return {"temperature": generation.temperature, "top_p": 1.0, "seed": generation.seed}
 
 
+def in_thought(text: str, generation: Generation) -> bool:
+    """Whether the server stopped inside a thinking block that the model opened; no stop string counts there."""
+    return text.lstrip().startswith(OPEN) and CLOSE not in text and CLOSE not in generation.stops
+
+
 def ended(server: Server, choice: Mapping[str, Any]) -> Literal["eos", "length"]:
     """Why a reply ended, short of which of the two: end-of-sequence token or stop string."""
-    reason = str(choice.get("finish_reason"))
+    reason = server.clean(str(choice.get("finish_reason")))
     if reason not in _ENDS:
         raise ValueError(
             f"the server {server.url} ended a reply for the reason {reason!r}, which is none that is known"

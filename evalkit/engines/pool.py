@@ -5,9 +5,11 @@ A worker that dies loses nothing: its chunk goes to another one, and a new worke
 """
 
 import contextlib
+import importlib.metadata
 import itertools
 import logging
 import queue
+import re
 import threading
 import time
 import traceback
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from evalkit import __version__
 from evalkit.encoding import Tokenizer
 from evalkit.engines.base import cost
 from evalkit.records import Reply, Request
@@ -25,6 +28,8 @@ BATCH = 16
 """Requests of the smallest chunk, where the engine names no batch size."""
 PATIENCE_S = 10.0
 """For a worker to end by itself."""
+_MEMORY = re.compile("SIGKILL|memory", re.IGNORECASE)
+"""A death that may be for want of memory."""
 
 logger = logging.getLogger("evalkit")
 
@@ -49,7 +54,8 @@ class Worker(Protocol):
         ...
 
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
-        """One reply a request, in order. ValueError: the engine refused them; WorkerDied."""
+        """One reply a request, in order; to none at once, to show that it lives. ValueError: the engine refused them;
+        WorkerDied."""
         ...
 
     def stop(self, force: bool) -> None:
@@ -80,7 +86,7 @@ class Host:
         self._opened: Any = None
 
     def open(self) -> Message:
-        """The opener's ``evalkit.opening.Opened``, with `Facts` for its engine."""
+        """The opener's ``evalkit.opening.Opened``, with `Facts` for its engine and the versions that this place has."""
         return self._report(self._open)
 
     def answer(self, requests: Sequence[Request]) -> Message:
@@ -95,10 +101,12 @@ class Host:
         self._opened = self._opener()
         engine = self._opened.engine
         facts = Facts(tokenizer=engine.tokenizer, max_length=engine.max_length)
-        return replace(self._opened, engine=facts, close=_nothing, profile=dict)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        versions |= {"evalkit": __version__, **self._opened.versions}
+        return replace(self._opened, engine=facts, versions=versions, close=_nothing, profile=dict)
 
     def _answer(self, requests: Sequence[Request]) -> list[Reply]:
-        replies = dict(self._opened.engine.answer(requests))
+        replies = dict(self._opened.engine.answer(requests)) if requests else {}
         return [replies[i] for i in range(len(requests))]
 
     def _report(self, call: Callable[[], Any]) -> Message:
@@ -233,7 +241,7 @@ class Pool:
             try:
                 with self._worker(number) as worker:
                     self._welcome(worker, worker.open())
-                    while (taken := self._todo.get())[1] is not None:
+                    while (taken := self._take(worker))[1] is not None:
                         if self._answer(worker, *taken):
                             deaths = 0
                     return
@@ -274,11 +282,32 @@ class Pool:
             for what in ("fingerprint", "dtype")
             if getattr(opened.model, what) != getattr(first.model, what)
         ]
+        if opened.versions != first.versions:
+            names = sorted(dict(opened.versions.items() ^ first.versions.items()))
+            there = ", ".join(f"{n} {opened.versions.get(n)}, others {first.versions.get(n)}" for n in names)
+            raise ValueError(
+                f"{worker.name} computes with other versions than the other workers ({there}); install the same ones "
+                f"in every place"
+            )
         if differences:
             raise ValueError(
                 f"{worker.name} loaded another model than the other workers ({'; '.join(differences)}); give every "
                 f"place the same files, and name the --dtype"
             )
+
+    def _take(self, worker: Worker) -> "tuple[int, _Chunk | None]":
+        """What is to be done next. A worker that had to wait for it may have died meanwhile, for which no chunk is to
+        blame: it first shows that it lives."""
+        with contextlib.suppress(queue.Empty):
+            return self._todo.get_nowait()
+        number, chunk = self._todo.get()
+        if chunk is not None:
+            try:
+                worker.answer(())
+            except WorkerDied:
+                self._todo.put((number, chunk))
+                raise
+        return number, chunk
 
     def _answer(self, worker: Worker, number: int, chunk: "_Chunk | None") -> bool:
         """Whether ``worker`` answered; the chunk goes back into the queue if it dies."""
@@ -291,9 +320,10 @@ class Pool:
         except WorkerDied as death:
             chunk.deaths += 1
             if chunk.deaths >= ATTEMPTS:
+                advice = "if memory ran out, use a smaller --batch-size; " if _MEMORY.search(str(death)) else ""
                 raise ValueError(
-                    f"{chunk.deaths} workers died over the same {len(chunk.requests)} requests, the last: {death}. "
-                    f"If memory ran out, use a smaller --batch-size; what is scored so far is kept"
+                    f"{chunk.deaths} workers died over the same {len(chunk.requests)} requests, the last: {death}; "
+                    f"{advice}what is scored so far is kept"
                 ) from death
             self._todo.put((number, chunk))
             raise

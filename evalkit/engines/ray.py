@@ -1,6 +1,9 @@
 """Workers as Ray actors: more than one machine. evalkit, the same version, is installed on every node."""
 
 import contextlib
+import itertools
+import logging
+import math
 import os
 import pickle
 import socket
@@ -12,6 +15,8 @@ from evalkit.engines.pool import PATIENCE_S, WorkerDied, unpack
 from evalkit.records import Reply, Request
 
 _KNOWN = ("num_cpus", "num_gpus", "memory")
+
+logger = logging.getLogger("evalkit")
 
 
 def connect(address: str) -> Callable[[], None]:
@@ -56,8 +61,10 @@ def read_resources(text: str) -> dict[str, float]:
             found[name.strip()] = float(amount)
         except ValueError:
             equals = ""
-        if not equals or not name.strip() or found[name.strip()] < 0:
+        if not equals or not name.strip() or not 0 <= found[name.strip()] < math.inf:
             raise ValueError(f"--ray-resources: {part!r} is not NAME=AMOUNT, as in num_gpus=1,num_cpus=2")
+        if name.strip() in ("CPU", "GPU"):
+            raise ValueError(f"--ray-resources: {part!r} is called num_{name.strip().lower()}s={amount.strip()} here")
     return found
 
 
@@ -95,6 +102,7 @@ class RayWorker:
         custom = {name: amount for name, amount in resources.items() if name not in _KNOWN}
         options = {**known, "resources": custom, "scheduling_strategy": "SPREAD", "max_restarts": 0}
         self.name = f"worker {number}"
+        self._resources = resources
         self._opener = pickle.dumps(opener)
         self._actor = ray.remote(_actor_class()).options(**options).remote()
         self._busy = self._lost = False
@@ -102,7 +110,7 @@ class RayWorker:
     def open(self) -> Any:
         from evalkit import __version__
 
-        self.name += f" on node {self._get(self._actor.where.remote())}"
+        self.name += f" on node {self._placed()}"
         try:
             return unpack(self._get(self._actor.open.remote(__version__, self._opener)), self.name)
         except ValueError as error:
@@ -111,6 +119,20 @@ class RayWorker:
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
         replies: list[Reply] = unpack(self._get(self._actor.answer.remote(requests)), self.name)
         return replies
+
+    def _placed(self) -> str:
+        """The actor's node, as soon as one has room. ValueError: none is left that could ever have."""
+        import ray
+
+        reference = self._actor.where.remote()
+        self._busy = True
+        for waited in itertools.count(1):
+            if ray.wait([reference], timeout=PATIENCE_S)[0]:
+                break
+            room(self._resources)
+            if waited % 6 == 0:
+                logger.warning("%s has waited %g s for room on the Ray cluster", self.name, waited * PATIENCE_S)
+        return str(self._get(reference))
 
     def _get(self, reference: Any) -> Any:
         import ray

@@ -14,7 +14,7 @@ import random
 import threading
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 
@@ -67,6 +67,10 @@ class Server:
         self.timeout = timeout
         self.retries = retries
         self._variable, self._key = _key(key_variable)
+        if len(self._key) >= 8 and self._key in unquote(self.url):  # a shorter one is a placeholder, such as EMPTY
+            raise ValueError(
+                f"--base-url holds the key in {self._variable}, and would be kept with the run; leave it out"
+            )
         self._session = requests.Session()
         self._session.auth = self._sign  # with any auth at all, requests does not look into ~/.netrc
         for scheme in ("http://", "https://"):
@@ -78,6 +82,12 @@ class Server:
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
+
+    def clean(self, text: str) -> str:
+        """What a server said, fit to be shown and kept: one line, bounded, without the key, which servers like to
+        repeat."""
+        said = " ".join(text.split())
+        return (said.replace(self._key, "***") if self._key else said)[:300]  # in this order: half a key is too much
 
     def close(self) -> None:
         """Ends waits for another try, too."""
@@ -129,9 +139,7 @@ class Server:
             if needs and not (isinstance(found.get(needs), list) and found[needs]):
                 raise _Fault(f"answered {path} without {needs!r}")
             return found
-        said = _message(found) or f"no JSON but {reply.text.strip()!r}"
-        # Servers like to repeat the key that they refuse, and half of it is too much, too.
-        said = (said.replace(self._key, "***") if self._key else said)[:300]
+        said = self.clean(_message(found) or f"no JSON but {reply.text.strip()!r}")
         if reply.status_code == 200:
             raise _Fault(f"answered {path} with {said}")
         if reply.status_code in _AGAIN:
@@ -161,10 +169,12 @@ def served_models(server: Server, model: str) -> dict[str, Any]:
     known = {str(one.get("id")): one for one in listed if isinstance(one, dict)}
     if known and model not in known:
         near = difflib.get_close_matches(model, known, n=1, cutoff=0.4)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        shown = ", ".join(sorted(known)[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+        guess = f"; did you mean {server.clean(near[0])!r}?" if near else ""
+        more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+        shown = server.clean(", ".join(sorted(known)[:10])) + more
         raise ValueError(f"the server {server.url} has no model {model!r}; it has {shown}{guess}")
-    return known.get(model, {})
+    found = known.get(model, {})
+    return {name: server.clean(value) if isinstance(value, str) else value for name, value in found.items()}
 
 
 def checked_url(base_url: str) -> str:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,7 +216,8 @@ def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Like ``evalkit``, but without five seconds of imports for each call."""
     from evalkit.__main__ import main
 
-    out, err, before = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
+    out, err = io.StringIO(), io.StringIO()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     words = ["evalkit", *map(str, arguments)]
     try:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
@@ -225,7 +227,8 @@ def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
             with pytest.raises(SystemExit) as stop:
                 main()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(words, int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 
@@ -256,3 +259,38 @@ def test_help_and_version(arguments: list[str]) -> None:
     done = evalkit(*arguments)
     assert done.returncode == 0 and done.stdout
     assert "--help" not in arguments or len(arguments) == 1 or "Example" in done.stdout
+
+
+def test_an_option_given_as_its_default_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def run(model: str, **options: Any) -> None:
+        seen.append(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("evalkit.api.run", run)
+    in_process("run", "m", "--out", tmp_path, "--mode", "both", "--no-chat", "--seed", 0)
+    in_process("run", "m", "--out", tmp_path)
+    assert seen[0] == {"out": tmp_path, "progress": True, "mode": "both", "chat": False, "seed": 0}
+    assert seen[1] == {"out": tmp_path, "progress": True}
+
+
+def test_a_termination_is_told_as_an_interruption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("evalkit.api.run", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    done = in_process("run", "m", "--out", tmp_path)
+    assert done.returncode == 2 and "interrupted; what is scored so far is kept" in done.stderr
+
+
+@pytest.mark.parametrize(("debug", "seen"), [("", "info\n"), ("1", "debug\ninfo\n")])
+def test_a_commands_log_is_on_standard_error(debug: str, seen: str) -> None:
+    code = """if True:
+        from evalkit.cli import _quiet
+        import logging
+        _quiet()
+        for name in ("evalkit", "another"):
+            logging.getLogger(name).debug("debug")
+            logging.getLogger(name).info("info")
+    """
+    environment = {**os.environ, "EVALKIT_DEBUG": debug}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.stderr == seen

@@ -16,10 +16,11 @@ import pytest
 import evalkit as ek
 from evalkit.engines import server as server_module
 from evalkit.engines.hf import HFEngine
+from evalkit.engines.messages import ChatEngine
 from evalkit.engines.openai import Mismatch, OpenAIEngine
 from evalkit.engines.server import Refused, Server, checked_url
 from evalkit.engines.thinking import ThinkingEngine
-from evalkit.records import Generation, ItemRecord, Request, Thought
+from evalkit.records import Generated, Generation, ItemRecord, Request, Thought
 from models.load import load
 from tests.evalkit.test_engine_hf import mixed_requests
 from tests.fake_server import (
@@ -180,6 +181,40 @@ def test_messages_get_the_replies_of_the_chat_template(loaded: Any, tiny_folder:
             with pytest.raises(ValueError, match=words):
                 ek.run("tiny", TASKS, out=tmp_path / "refused", **{**how, **change})
         assert not (tmp_path / "refused").exists()
+
+
+def test_stop_strings_end_messages_too(loaded: Any) -> None:
+    prompt = tuple(map(ord, json.dumps([{"role": "user", "content": "Why?"}])))
+
+    def said(engine: ChatEngine, *stops: str) -> Generated:
+        [(_, reply)] = engine.answer([Request(prompt=prompt, generation=Generation(max_tokens=12, stops=stops))])
+        assert reply.generated is not None
+        return reply.generated
+
+    with serving(loaded.model, loaded.tokenizer, "chat") as server:
+        engine = ChatEngine(Server(server.url), "tiny")
+        whole = said(engine).text
+        stop = whole[len(whole) // 2 :][:2]
+        cut = said(engine, stop)
+        assert server.bodies[-1]["stop"] == [stop]
+        assert (cut.text, cut.finish) == (whole[: whole.index(stop)], "stop")
+        said(engine, "a!", "b!", "c!", "d!", stop)  # more than the protocol takes
+        assert (said(engine, "a!", "b!", "c!", "d!", stop).text, len(server.bodies[-1]["stop"])) == (cut.text, 4)
+
+        def thinks(reply: dict[str, Any]) -> None:
+            stopped = "stop" in server.bodies[-1]
+            reply["choices"][0]["message"]["content"] = "<think>a\n\nb" if stopped else "<think>a\n\nb</think>c\n\nd"
+            reply["choices"][0]["finish_reason"] = "stop"
+
+        server.change = thinks
+        assert said(engine, "\n\n").text == "<think>a\n\nb</think>c", "no stop string counts in a thought"
+
+
+@pytest.mark.parametrize("how", [{"revision": "main"}, {"trust_remote_code": True}])
+def test_messages_need_no_tokenizers_options(how: dict[str, Any]) -> None:
+    options = {"engine": "openai", "base_url": "http://127.0.0.1:1/v1", "engine_options": {"endpoint": "chat"}}
+    with pytest.raises(ValueError, match="endpoint=chat loads no tokenizer here"):
+        ek.run("m", "quick", limit=1, chat=True, mode="generation", **options, **how)
 
 
 def test_a_reasoning_server_keeps_its_thought_apart(loaded: Any, tmp_path: Path) -> None:
@@ -627,6 +662,39 @@ def test_an_address_that_may_hold_a_key_is_refused_and_not_repeated(url: str) ->
     with pytest.raises(ValueError, match="--base-url") as raised:
         checked_url(url)
     assert KEY not in str(raised.value)
+
+
+@pytest.mark.parametrize("url", [f"http://127.0.0.1/{KEY}/v1", f"http://{KEY}.host/v1", "http://h/sk%2Dsecret-417"])
+def test_an_address_with_the_key_in_it_is_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ValueError, match="--base-url holds the key in OPENAI_API_KEY") as raised:
+        Server(url)
+    assert KEY not in str(raised.value)
+
+
+def test_what_a_server_says_is_shown_in_one_short_line_without_the_key(
+    vllm: FakeServer, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert Server("http://h/v1").clean(f"a\n {KEY}\tb" + "c" * 999) == "a *** b" + "c" * 293
+
+    def said(reply: dict[str, Any]) -> None:
+        reply["system_fingerprint"] = f"build of\n{KEY}"
+
+    vllm.change = said
+    made = run(vllm, tiny_folder, "quick", limit=1, out=tmp_path)
+    assert made.manifest.sessions[0]["system_fingerprint"] == "build of ***"
+
+    def ends(reply: dict[str, Any]) -> None:
+        reply["choices"][0]["finish_reason"] = f"{KEY}\n"
+
+    vllm.change = ends
+    with pytest.raises(ValueError, match=r"for the reason '\*\*\*'"):
+        run(vllm, tiny_folder, "quick", limit=1)
+    vllm.change = lambda _: None
+    vllm.name = f"another-{KEY}"
+    with pytest.raises(ValueError, match=r"it has another-\*\*\*"):
+        run(vllm, tiny_folder)
 
 
 @pytest.mark.parametrize("variable", ["EVALKIT_API_KEY", "OPENAI_API_KEY", "MY_KEY"])

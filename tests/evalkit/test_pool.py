@@ -1,15 +1,18 @@
 """The pool: every request is answered once, whatever happens to the workers."""
 
+import random
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalkit.engines.pool import ATTEMPTS, Host, Pool, shares
-from tests.evalkit.workers import FakeWorker, dying, expected, opened, request
+from evalkit.engines.pool import ATTEMPTS, Host, Pool, WorkerDied, shares
+from evalkit.records import Reply, Request
+from tests.evalkit.workers import FakeWorker, expected, opened, request
 
 REQUESTS = [request(n, length=1 + n * 7 % 11) for n in range(60)]
 
@@ -36,28 +39,118 @@ def answers(made: Pool) -> dict[int, Any]:
     return dict(given)
 
 
+class Mortal(FakeWorker):
+    """Dies at random, but neither ATTEMPTS times over one chunk nor so often in a row in one place."""
+
+    chance = random.Random()
+    chunks: Counter[Any] = Counter()
+    places: Counter[str] = Counter()
+
+    def answer(self, requests: Sequence[Request]) -> list[Reply]:
+        chunk = requests[0] if requests else None
+        for _ in range(2):  # before the work, or when it is done and the reply is lost
+            spared = max(self.chunks[chunk] if chunk else 0, self.places[self.name]) >= ATTEMPTS - 1
+            if not spared and self.chance.random() < 0.2:
+                self.chunks[chunk] += 1
+                self.places[self.name] += 1
+                raise WorkerDied(f"{self.name} died")
+        replies = super().answer(requests)
+        if requests:
+            self.places[self.name] = 0
+        return replies
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_workers_that_die_at_random_lose_and_repeat_nothing(seed: int) -> None:
-    born: list[FakeWorker] = []
-    lock = threading.Lock()
-
-    def make(number: int) -> FakeWorker:
-        with lock:
-            made = FakeWorker(f"worker {number}", Host(opened), dying(1000 * seed + len(born), 0.1))
-            born.append(made)
-        return made
-
-    made = pool(1 + seed % 4, make)
+def test_workers_that_die_at_random_lose_and_repeat_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mortal, "chance", random.Random(seed))
+    monkeypatch.setattr(Mortal, "places", Counter())
+    made = pool(1 + seed % 4, lambda number: Mortal(f"worker {number}", Host(opened)))
     try:
         for _ in range(2):
-            try:
-                found = answers(made)
-            except ValueError as error:  # three in a row over one chunk: told, not hung
-                assert "died over the same" in str(error) or "no worker is left" in str(error)
-                break
-            assert found == {i: expected(one) for i, one in enumerate(REQUESTS)}
+            monkeypatch.setattr(Mortal, "chunks", Counter())
+            assert answers(made) == {i: expected(one) for i, one in enumerate(REQUESTS)}
     finally:
         made.close()
+
+
+def test_deaths_of_idle_workers_are_no_chunks_fault() -> None:
+    born: list[FakeWorker] = []
+    dead: list[FakeWorker] = []
+    together = threading.Barrier(ATTEMPTS)
+    lost, all_dead = threading.Event(), threading.Event()
+
+    class OnOneNode(FakeWorker):
+        def open(self) -> Any:
+            together.wait(10)
+            return super().open()
+
+        def answer(self, requests: Sequence[Request]) -> list[Reply]:
+            if not lost.is_set():
+                return super().answer(requests)
+            dead.append(self)
+            if len(dead) == ATTEMPTS:
+                all_dead.set()
+            raise WorkerDied(f"{self.name} died")
+
+    def make(number: int) -> FakeWorker:
+        if len(born) >= ATTEMPTS:
+            all_dead.wait(10)
+            return simple(number)
+        born.append(OnOneNode(f"worker {number}", Host(opened)))
+        return born[-1]
+
+    made = pool(ATTEMPTS, make)
+    try:
+        answers(made)
+        lost.set()  # between two calls
+        one = REQUESTS[:1]  # a single chunk, which passes from one dead worker to the next
+        assert dict(made.answer(one)) == {0: expected(one[0])}
+        assert len(dead) == ATTEMPTS
+    finally:
+        made.close()
+
+
+def test_memory_is_named_only_where_a_worker_was_killed() -> None:
+    for said, named in (("died of a bug", False), ("was killed by SIGKILL", True), ("CUDA out of memory", True)):
+
+        class Dying(FakeWorker):
+            said = ""
+
+            def answer(self, requests: Sequence[Request]) -> list[Reply]:
+                raise WorkerDied(f"{self.name} {self.said}")
+
+        made = pool(2, lambda number, kind=Dying: kind(f"worker {number}", Host(opened)))  # type: ignore[misc]
+        Dying.said = said
+        with pytest.raises(ValueError, match="died over the same") as told:
+            answers(made)
+        made.close()
+        assert ("--batch-size" in str(told.value)) == named
+
+
+def test_workers_with_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    versions = iter(["2.13.0", "5.17.0", "2.14.0", "5.17.0"])
+    lock = threading.Lock()
+
+    def version(_: str) -> str:
+        with lock:
+            return next(versions)
+
+    class InTurn(FakeWorker):
+        def open(self) -> Any:
+            if self.name == "worker 1":
+                first.wait(10)
+            found = super().open()
+            first.set()
+            return found
+
+    first = threading.Event()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    made = pool(2, lambda number: InTurn(f"worker {number}", Host(lambda: opened(seconds=0.05))))
+    with pytest.raises(ValueError, match=r"worker \d computes with other versions .*torch 2.1\d.0, others 2.1\d.0"):
+        answers(made)
+    made.close()
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=300), st.integers(1, 9), st.integers(1, 64))

@@ -5,7 +5,9 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -37,9 +39,26 @@ def cluster(ray_package: None) -> Iterator[Any]:
 def test_resources_are_read() -> None:
     assert read_resources("num_gpus=1,num_cpus=2.5,big=1") == {"num_gpus": 1, "num_cpus": 2.5, "big": 1}
     assert read_resources("") == {}
-    for wrong in ("num_gpus", "num_gpus=one", "=1", "num_cpus=-1"):
+    for wrong in ("num_gpus", "num_gpus=one", "=1", "num_cpus=-1", "num_cpus=nan", "num_cpus=inf"):
         with pytest.raises(ValueError, match="is not NAME=AMOUNT"):
             read_resources(wrong)
+    with pytest.raises(ValueError, match="'GPU=1' is called num_gpus=1 here"):
+        read_resources("GPU=1")
+
+
+def test_a_worker_without_room_says_so_once_a_minute_and_ends_when_no_node_is_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [[{"Alive": True, "Resources": {"CPU": 1.0}}]] * 12 + [[{"Alive": False, "Resources": {"CPU": 1.0}}]]
+    fake: Any = ModuleType("ray")
+    fake.wait = lambda references, timeout: ([], references)
+    fake.nodes = lambda: nodes.pop(0)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    worker = object.__new__(RayWorker)
+    worker.name, worker._resources, worker._actor = "worker 3", {"num_cpus": 1.0}, MagicMock()
+    with pytest.raises(ValueError, match="no node of the Ray cluster has num_cpus=1"):
+        worker.open()
+    assert caplog.messages == [f"worker 3 has waited {s} s for room on the Ray cluster" for s in (60, 120)]
 
 
 def test_an_address_without_a_cluster_is_told(ray_package: None, tiny_folder: Path) -> None:

@@ -5,7 +5,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,18 @@ import pytest
 import evalkit as ek
 from evalkit.engines.hf import HFEngine
 from evalkit.records import Generation, Reply, Request
-from evalkit.responses import Responses, StoredEngine, generation_key, kept, score_key
+from evalkit.responses import (
+    Kept,
+    Responses,
+    StoredEngine,
+    generation_key,
+    kept,
+    line_of,
+    lock_of,
+    prune,
+    remove,
+    score_key,
+)
 from evalkit.store import OUTCOMES
 from tests.evalkit.test_cli import in_process
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -241,5 +253,67 @@ def test_the_commands(tiny_folder: Path, tmp_path: Path) -> None:
     done = in_process("cache", "show", tmp_path / "nowhere")
     assert done.returncode == 2 and "nowhere" in done.stderr
     (cache / "responses" / "strange.jsonl").write_text("hello\n")
-    done = in_process("cache", "show", cache)
-    assert done.returncode == 2 and "strange.jsonl does not begin" in done.stderr
+    assert "(damaged)" in in_process("cache", "show", cache).stdout
+    done = in_process("cache", "verify", cache)
+    assert done.returncode == 1 and "strange.jsonl, line 1: damaged" in done.stdout
+    assert in_process("cache", "prune", cache).returncode == 0
+    assert not kept(cache)
+
+
+def test_the_store_says_what_it_took_and_added(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for out, told in (("a", "0 replies taken"), ("b", ", 0 added")):
+        caplog.clear()
+        words = ["-t", "quick", "--limit", 2, "--cache-dir", tmp_path / "cache", "--out", tmp_path / out]
+        assert in_process("run", tiny_folder, *words).returncode == 0
+        assert told in caplog.text
+
+
+@pytest.mark.parametrize("change", [prune, remove])
+def test_a_run_goes_on_in_the_file_that_took_the_old_ones_place(change: Callable[[Kept], int], tmp_path: Path) -> None:
+    store = Responses(tmp_path, HOW)
+    store.put("a" * 32, [1.0])
+    store.flush()
+    change(kept(tmp_path)[0])
+    for n in range(10):
+        store.put(f"{n:032d}", [float(n)])
+    store.flush()
+    assert store.get("0" * 31 + "7") == [7.0] and store.added == 11
+    store.close()
+    (one,) = kept(tmp_path, check=True)
+    assert (one.replies, one.damaged) == (11 if change is prune else 10, ())
+
+
+def test_a_line_that_is_being_written_is_not_called_damaged(tmp_path: Path) -> None:
+    store = Responses(tmp_path, HOW)
+    whole = line_of("c" * 32, [1.0])
+    found: list[Kept] = []
+    checking = threading.Thread(target=lambda: found.extend(kept(tmp_path, check=True)))
+    with lock_of(store.path), open(store.path, "ab", buffering=0) as file:
+        file.write(whole[:30])
+        checking.start()
+        checking.join(0.2)
+        assert not found, "it waits"
+        file.write(whole[30:])
+    checking.join()
+    assert [(one.replies, one.damaged) for one in found] == [(1, ())]
+    store.close()
+
+
+def test_a_file_under_another_name_is_not_used(tmp_path: Path) -> None:
+    paths = []
+    for how in (HOW, {**HOW, "dtype": "bfloat16"}):
+        store = Responses(tmp_path, how)
+        store.close()
+        paths.append(store.path)
+    paths[0].replace(paths[1])
+    with pytest.raises(ValueError, match="is not named after what its first line says"):
+        Responses(tmp_path, {**HOW, "dtype": "bfloat16"})
+    (one,) = kept(tmp_path)
+    assert one.damaged == (f"{paths[1]}, line 1",)
+
+
+def test_a_live_module_is_refused(engine: Counting, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a live module"):
+        ek.run(engine.model, tokenizer=engine.tokenizer, **ASK, cache_dir=tmp_path)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ({"models": []}, "models is []"),
         ({"models": [{"name": "x"}]}, "models.0.model is missing"),
         ({"models": [{"model": "m", "colour": "red"}]}, "unknown key models.0.colour"),
-        ({"models": ["nothing/here-*"]}, "models.0: no model folder matches 'nothing/here-*'"),
+        ({"models": ["nothing/here-*"]}, "models.0: no model folder or GGUF file matches 'nothing/here-*'"),
         ({"models": ["m", "m"]}, "models: 'm' can't be the name of one run folder"),
         ({"models": [{"model": "m", "options": {"limit": 0}}]}, "models.0.options: setting 'limit' is 0"),
         ({"tasks": "quick"}, "tasks is 'quick'"),
@@ -75,6 +76,7 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         ({"options": {"mode": "all"}}, "options: unknown mode 'all'"),
         ({"options": {"batch_size": "many"}}, "options: batch_size is 'many'"),
         ({"options": {"workers": 2, "ray": "auto"}}, "options: --workers are processes"),
+        ({"models": [{"model": "m", "options": {"ray": "auto"}}]}, "models.0.options: ray is the whole sweep's"),
         ({"model": "m"}, "unknown key model"),
     ],
 )
@@ -85,19 +87,77 @@ def test_what_is_wrong_is_told_with_file_and_field(content: dict[str, Any], told
     assert str(error.value).startswith(f"{file}: ") and told in str(error.value)
 
 
-def test_a_finished_run_is_known_by_model_settings_and_time(checkpoints: Path) -> None:
-    folder, out = checkpoints / "step-2", checkpoints / "out"
-    job = Job(name="s", model=str(folder), tasks=("quick",), out=out, options={"limit": 3})
+def scored(job: Job) -> None:
+    """As in the job's process."""
+    mine, theirs = multiprocessing.Pipe()
+    sweep._score(theirs, job, job.options)
+    while (told := mine.recv())[0] == "progress":
+        pass
+    assert told[0] == "done"
+
+
+def test_a_finished_run_is_known_by_all_that_was_asked_and_time(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoints / "step-2"
+    job = Job(name="s", model=str(folder), tasks=("quick",), out=checkpoints / "out", options={"limit": 3})
     assert finished(job) is None, "there is no run"
-    ek.run(folder, ["quick", "copy"], limit=3, out=out)
+    scored(job)
     assert finished(job) is not None
-    others = ({"limit": 4}, {"limit": 3, "mode": "generation"})
-    assert all(finished(Job(name="s", model=job.model, tasks=job.tasks, out=out, options=o)) is None for o in others)
-    another = Job(name="s", model=str(checkpoints / "step-10"), tasks=job.tasks, out=out, options=job.options)
-    assert finished(another) is None, "scored under the same name, but another model"
-    assert finished(Job(name="s", model=job.model, tasks=("recall",), out=out, options=job.options)) is None
+    assert finished(replace(job, options={"limit": 3, "workers": 2, "normalisation": None})) is not None, "the same"
+    others: list[dict[str, Any]] = [{"limit": 4}, {"mode": "generation"}, {"dtype": "float32"}, {"revision": "main"}]
+    others += [{"engine": "openai"}, {"base_url": "http://h/v1"}, {"engine_options": {"dequantise": True}}]
+    others += [{"device": "cpu"}, {"data_dir": str(checkpoints)}, {"trust_remote_code": True}]
+    assert all(finished(replace(job, options={"limit": 3, **other})) is None for other in others)
+    assert finished(replace(job, model=str(checkpoints / "step-10"))) is None
+    assert finished(replace(job, tasks=("recall",))) is None
+    monkeypatch.setattr(sweep, "__version__", "0.0")
+    assert finished(job) is None, "scored by another evalkit"
+    monkeypatch.undo()
+    assert finished(job) is not None
     os.utime(folder / "config.json", (1e9, 1e9))  # as by a copy that keeps times
     assert finished(job) is None, "the checkpoint was written anew"
+
+
+def test_a_damaged_run_is_scored_again(checkpoints: Path) -> None:
+    file = written(checkpoints, models=[f"{checkpoints}/step-2"], options={"limit": 3})
+    [job] = read_sweep(file, {})
+    scored(job)
+    outcomes = job.out / "outcomes.jsonl"
+    whole = outcomes.read_bytes()
+    outcomes.write_bytes(whole.replace(b"{", b"#", 1))
+    listed = CliRunner().invoke(app, ["sweep", str(file), "--dry-run", "--json"])
+    assert [run["finished"] for run in json.loads(listed.stdout)["runs"]] == [False]
+    scored(job)
+    assert finished(job) is not None and len(outcomes.read_bytes().splitlines()) == 3
+
+
+def test_any_error_of_a_job_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a long story\n\nits end")
+
+    monkeypatch.setattr("evalkit.api.run", fails)
+    mine, theirs = multiprocessing.Pipe()
+    [job] = read_sweep(written(tmp_path), {})
+    sweep._score(theirs, job, {})
+    assert mine.recv() == ("failed", "RuntimeError: its end")
+
+
+def test_a_job_whose_sweep_is_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("evalkit.api.run", lambda *_, progress, **__: progress("quick", 1, 2))
+    mine, theirs = multiprocessing.Pipe()
+    mine.close()
+    [job] = read_sweep(written(tmp_path), {})
+    with pytest.raises(SystemExit):
+        sweep._score(theirs, job, {})
+
+
+def test_patterns_see_gguf_files(tmp_path: Path) -> None:
+    (tmp_path / "m-q8.gguf").touch()
+    (tmp_path / "m-q4").mkdir()
+    (tmp_path / "m-q4" / "model.gguf").touch()
+    jobs = read_sweep(written(tmp_path, models=[f"{tmp_path}/m-*"]), {})
+    assert [job.name for job in jobs] == ["m-q4", "m-q8.gguf"]
 
 
 @pytest.mark.slow

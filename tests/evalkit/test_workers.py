@@ -15,9 +15,10 @@ import pytest
 import evalkit as ek
 from evalkit.engines.local import LocalWorker, environments
 from evalkit.engines.pool import Pool
+from evalkit.opening import Spec, Spread, open_spread
 from evalkit.store import Run
 from tests.conftest import ROOT
-from tests.evalkit.workers import expected, opened, request
+from tests.evalkit.workers import expected, forking, opened, request
 
 
 def assert_same_records(one: Run, two: Run) -> None:
@@ -122,6 +123,39 @@ def test_a_worker_killed_while_it_answers_and_one_killed_while_idle(caplog: pyte
     finally:
         made.close()
     assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_missed_though_its_child_holds_the_pipe(caplog: pytest.LogCaptureFixture) -> None:
+    made = Pool(lambda number: LocalWorker(number, forking, {}), 1)
+    try:
+        requests = [request(n) for n in range(8)]
+        answers = made.answer(requests)
+        found = dict(next(answers) for _ in range(2))
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        found.update(answers)
+        assert found == {i: expected(one) for i, one in enumerate(requests)}
+        assert caplog.text.count("was killed by SIGKILL") == 1
+    finally:
+        made.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_built_in_name_is_no_folder_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Spec] = []
+    monkeypatch.setattr("evalkit.engines.local.LocalWorker", lambda number, opener, _: seen.append(opener.args[0]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "mine").mkdir()
+    for name in ("smollm2-135m", "mine"):
+        with pytest.raises(AttributeError):  # it is no worker
+            open_spread(Spec(model=name, device="cpu"), Spread(workers=1))
+    assert [one.model for one in seen] == ["smollm2-135m", str(tmp_path / "mine")]
+
+
+def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert [one["OMP_NUM_THREADS"] for one in environments(2, "cpu")] == ["3", "3"]
 
 
 BUSY = """

@@ -1,7 +1,6 @@
 """Engines and workers without a model, for the tests of the pool; openers are functions of a module, so they pickle."""
 
 import os
-import random
 import sys
 import threading
 import time
@@ -88,9 +87,12 @@ class FakeWorker:
         FakeWorker.alive.discard(self)
 
 
-def dying(seed: int, rate: float) -> Callable[[], bool]:
-    chance = random.Random(seed)
-    return lambda: chance.random() < rate
+def forking() -> Opened:
+    """An engine with a process of its own that outlives its worker and holds all that the worker had open."""
+    if os.fork() == 0:
+        time.sleep(30)
+        os._exit(0)
+    return opened(seconds=0.2)
 
 
 def play(pipe: Any, job: Any, options: Any) -> None:
