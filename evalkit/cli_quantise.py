@@ -8,7 +8,7 @@ import typer
 
 from evalkit.cli import DType, Json, Remote, Revision, _quiet, app, console
 
-Format = Literal["int4", "int8", "w8a8", "torchao-int4", "torchao-int8"]
+Format = Literal["int4", "int8", "w8a8", "fp8", "torchao-int4", "torchao-int8"]
 
 
 @app.command(
@@ -20,7 +20,9 @@ def quantise(
     out: Annotated[Path, typer.Option("--out", "-o", help="The copy's folder.")],
     form: Annotated[
         Format,
-        typer.Option("--format", help="int4, int8, w8a8 (activations, too): compressed-tensors, which vLLM reads."),
+        typer.Option(
+            "--format", help="int4, int8; w8a8, fp8 (activations, too): compressed-tensors, which vLLM reads."
+        ),
     ] = "int4",
     group_size: Annotated[
         int | None,

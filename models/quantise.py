@@ -1,7 +1,8 @@
 """A quantised copy of a model, to compare with it: weights rounded to nearest, no calibration data, on a CPU.
 
 Every linear layer is rounded but the output head and a hybrid's KDA mixers, which vLLM reads plain. A weight becomes
-``scale * q``, with q an integer of 4 or 8 bits and one scale for each row, or for each ``group_size`` weights of a row.
+``scale * q``, with q an integer of 4 or 8 bits (fp8: a float of 8 bits, E4M3) and one scale for each row, or for each
+``group_size`` weights of a row.
 """
 
 import json
@@ -18,8 +19,11 @@ from models.kda.layer import KimiDeltaAttention
 from models.load import NOTE_FILE, load, read_note, resolve
 from models.quantised import need
 
-BITS = {"int4": 4, "int8": 8, "w8a8": 8, "torchao-int4": 4, "torchao-int8": 8}
-"""The formats. int4, int8 and w8a8 (activations rounded to 8 bits, too) are compressed-tensors', which vLLM reads."""
+BITS = {"int4": 4, "int8": 8, "w8a8": 8, "fp8": 8, "torchao-int4": 4, "torchao-int8": 8}
+"""The formats. int4, int8, w8a8 and fp8 are compressed-tensors', which vLLM reads."""
+SCHEMES = {"int4": "W4A16", "int8": "W8A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
+ACTIVATIONS = ("w8a8", "fp8")
+"""Formats in which activations are rounded to 8 bits, too, each token by itself."""
 GROUP_SIZES = (128, 64, 32)
 """Of 4-bit formats, unless one is given: the first that divides every layer. 8-bit ones have a scale for each row."""
 
@@ -44,8 +48,8 @@ def quantise(
     if form not in BITS:
         raise ValueError(f"unknown format {form!r}: expected {', '.join(BITS)}")
     torchao = form.startswith("torchao-")
-    if form == "w8a8" and group_size:
-        raise ValueError(f"group size {group_size} was given, but w8a8 has one scale a row")
+    if form in ACTIVATIONS and group_size:
+        raise ValueError(f"group size {group_size} was given, but {form} has one scale a row")
     if would_destroy(out, resolve(name)):
         raise ValueError(f"{out} is the model's own folder, or holds it: give another --out")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_copy(out)):
@@ -143,8 +147,8 @@ def _save_compressed(model: Any, folder: Path, form: str, group: int, layers: Co
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    scheme = preset_name_to_scheme({"int4": "W4A16", "int8": "W8A16", "w8a8": "W8A8"}[form], ["Linear"])
-    if form != "w8a8":
+    scheme = preset_name_to_scheme(SCHEMES[form], ["Linear"])
+    if form not in ACTIVATIONS:
         scheme.weights = scheme.weights.model_copy(
             update={"group_size": group or None, "strategy": "group" if group else "channel"}
         )

@@ -88,6 +88,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(tmp_path: Path) -> Non
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # half a minute
 def test_one_process_s_time_is_up_and_all_stop_save_and_go_on(tmp_path: Path) -> None:
     """Also: the guard and the saves are the first process's, whose clock is another one than the second's."""
     write_data(tmp_path / "data")

@@ -122,6 +122,7 @@ def test_tasks_lists_everything_as_json() -> None:
     assert all(task["summary"] and task["views"] and task["source"] for task in found)
 
 
+@pytest.mark.slow  # half a minute: the command starts many times
 def test_a_killed_run_goes_on_and_ends_with_the_same_records(tiny_folder: Path, tmp_path: Path) -> None:
     command = ["run", tiny_folder, "--tasks", "recall", "--batch-size", 1, "--out"]
     whole = evalkit(*command, tmp_path / "whole")
@@ -151,6 +152,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_records(tiny_folder: Path, 
     assert sorted((tmp_path / "killed" / "outcomes.jsonl").read_text().splitlines()) == expected
 
 
+@pytest.mark.slow  # the command starts many times
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -35,6 +35,7 @@ def place(tmp_path: Path, tiny_folder: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # half a minute
 def test_a_recipe_is_run_stopped_and_resumed(place: Path) -> None:
     words = ("distill", "mine.yaml", "--data-dir", "data", "--out", "run")
     cut = evalkit(*words, "--minutes", "0.01", cwd=place)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.evalkit.test_cli import evalkit
 
 
@@ -19,6 +21,7 @@ def test_a_copy_is_made_and_compared(compressed_tensors: None, tiny_folder: Path
     assert "pack-quantized" in (tmp_path / "report" / "compare.md").read_text()
 
 
+@pytest.mark.slow  # the command starts many times
 def test_what_is_wrong_is_one_line(compressed_tensors: None, tiny_folder: Path, tmp_path: Path) -> None:
     done = evalkit("quantise", tiny_folder, "--format", "int4", "--group-size", 48, "--out", tmp_path / "copy")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr

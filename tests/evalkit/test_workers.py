@@ -159,13 +159,14 @@ def test_threads_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyP
 
 
 BUSY = """
-import sys, time
+import signal, sys, time
 from functools import partial
 from evalkit.engines.local import LocalWorker
 from evalkit.engines.pool import Pool
 from tests.evalkit.workers import opened, request
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests may have switched it off
     made = Pool(lambda number: LocalWorker(number, partial(opened, seconds=0.2), {}), 2)
     try:
         for at, _ in enumerate(made.answer([request(n) for n in range(1000)])):

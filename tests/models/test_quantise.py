@@ -13,7 +13,7 @@ import evalkit as ek
 from evalkit.engines.hf import HFEngine
 from evalkit.records import Request
 from models.load import describe, load
-from models.quantise import BITS, quantise
+from models.quantise import ACTIVATIONS, BITS, quantise
 from models.students import make_student
 from tests.models.hybrids import tiny_hybrid, tiny_teacher
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_qwen3, tiny_tokenizer
@@ -40,7 +40,12 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 def by_hand(weight: torch.Tensor, form: str, group: int) -> torch.Tensor:
-    """Symmetric round-to-nearest: a group's largest magnitude becomes half the range of its integers."""
+    """Symmetric round-to-nearest: a group's largest magnitude becomes half the range of its integers, or the largest
+    E4M3 float."""
+    if form == "fp8":
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scale = weight.abs().amax(-1, keepdim=True) / largest
+        return (weight / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).float() * scale
     bits = BITS[form]
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     rows = weight.unflatten(-1, (-1, group or weight.shape[-1]))
@@ -63,7 +68,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group", [None, 32, 0])
-@pytest.mark.parametrize("form", [form for form in COMPRESSED if form != "w8a8"])
+@pytest.mark.parametrize("form", [form for form in COMPRESSED if form not in ACTIVATIONS])
 def test_a_copy_is_rounded_to_nearest(
     form: str, group: int | None, compressed_tensors: None, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -97,15 +102,16 @@ def test_torchao_computes_with_the_nearest_integers(
     torch.testing.assert_close(logits(copy.model), logits(model), rtol=0, atol=2e-5)
 
 
-def test_w8a8_rounds_activations_too(compressed_tensors: None, tiny_folder: Path, tmp_path: Path) -> None:
-    quantise(str(tiny_folder), tmp_path / "copy", "w8a8")
-    model = oracle("w8a8", 0)
+@pytest.mark.parametrize("form", ACTIVATIONS)
+def test_activations_are_rounded_too(form: str, compressed_tensors: None, tiny_folder: Path, tmp_path: Path) -> None:
+    quantise(str(tiny_folder), tmp_path / "copy", form)
+    model = oracle(form, 0)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(lambda _, inputs: (by_hand(inputs[0], "w8a8", 0),))
+            module.register_forward_pre_hook(lambda _, inputs: (by_hand(inputs[0], form, 0),))
     copy = load(str(tmp_path / "copy"))
     torch.testing.assert_close(logits(copy.model), logits(model), rtol=0, atol=2e-2)
-    assert (logits(oracle("w8a8", 0)) - logits(model)).abs().max() > 5e-2, "rounded activations show"
+    assert (logits(oracle(form, 0)) - logits(model)).abs().max() > 5e-2, "rounded activations show"
 
 
 def test_a_copy_is_described(form: str, tiny_folder: Path, tmp_path: Path) -> None:
@@ -172,7 +178,7 @@ def test_the_same_checkpoint_in_another_kernel_is_another_model(
     one_way = Version(transformers.__version__) < Version(TWO_WAYS)
     assert other.quantisation.kernel == (own.quantisation.kernel if one_way else "dequantised when loaded")
     assert (own.identity == other.identity) == one_way
-    if form != "w8a8" or one_way:
+    if form not in ACTIVATIONS or one_way:
         torch.testing.assert_close(logits(own.model), logits(other.model), rtol=0, atol=1e-6)
     else:
         assert (logits(own.model) - logits(other.model)).abs().max() > 5e-2, "unpacked, it rounds no activations"
@@ -253,7 +259,7 @@ def test_the_builtin_model_loses_more_with_fewer_bits(
             found = copy.model(ids).logits.float().log_softmax(-1)
         nats[form] = float((expected.exp() * (expected - found)).sum(-1).mean())
         assert copy.parameters == teacher.parameters and copy.model.lm_head.weight.dtype == torch.bfloat16
-    for eight in ("int8", "w8a8", "torchao-int8"):
+    for eight in ("int8", "w8a8", "fp8", "torchao-int8"):
         for four in ("int4", "torchao-int4"):
             assert 0 <= nats[eight] < 0.1 < 0.3 < nats[four] < 1, nats
     assert nats["int4"] == pytest.approx(nats["torchao-int4"], rel=0.2), "the same values, but for ties"
