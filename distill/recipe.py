@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from distill.stage import Recipe
-from evalkit.yaml12 import Loader
+from evalkit.yaml12 import Loader, read_mapping
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -33,12 +33,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         near = difflib.get_close_matches(name, recipes(), n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no recipe {name!r}: {guess}expected a YAML file, or one of {', '.join(recipes())}")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"the recipe {path} holds {type(content).__name__}: expected keys such as teacher and stages")
+    content = read_mapping(path, f"the recipe {path}", "keys such as teacher and stages")
     content.setdefault("name", path.stem)
     return parse(changed(content, changes), str(path))
 

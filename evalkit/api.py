@@ -243,6 +243,9 @@ def _open(model: Any, tokenizer: Any, name: str, how: Mapping[str, Any], spread:
         raise ValueError(f"a live model ({type(model).__name__}) needs its tokenizer: run(model, tokenizer=...)")
     if how["engine"] != "hf":
         raise ValueError(f"engine {how['engine']!r} takes a model's name or folder, not a live {type(model).__name__}")
+    from dataclasses import replace
+
     from models.load import describe
 
-    return open_loaded(describe(model, tokenizer, name or type(model).__name__), how["batch_size"])
+    opened = open_loaded(describe(model, tokenizer, name or type(model).__name__), how["batch_size"])
+    return replace(opened, live=True)

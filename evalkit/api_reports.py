@@ -78,6 +78,7 @@ def rescore(
     from evalkit.records import Normalisation, Rules
     from evalkit.rescore import renormalise, reread
     from evalkit.selection import select
+    from evalkit.store import write_run
 
     made = load_run(run)
     if rules is None and normalisation is None:
@@ -102,24 +103,13 @@ def rescore(
         items = {task.name: select(task, settings, folder).items for task in tasks}
         read = {task.name: (task, {item.id: item for item in items[task.name]}) for task in tasks}
         made = reread(made, rules, read)  # type: ignore[arg-type]
-    return made if out is None else _keep(made, Path(out), was)
-
-
-def _keep(made: Run, out: Path, was: Mapping[str, Any]) -> Run:
-    """Write a rescored run into a folder of its own."""
-    from evalkit.store import RunWriter, key_of
-
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give the rescored run another --out")
-    sessions = (*made.manifest.sessions, {"rescored": dict(was)})
-    writer = RunWriter(out, made.manifest.model_copy(update={"complete": False, "sessions": sessions}))
-    try:
-        records = [record for name in made.tasks for record in made.records(name).values()]
-        for record in records:
-            writer.append(record)
-        return writer.finish(map(key_of, records))
-    finally:
-        writer.close()
+    if out is None:
+        return made
+    sessions = (*made.manifest.sessions, {"rescored": was})
+    records = [record for name in made.tasks for record in made.records(name).values()]
+    return write_run(
+        Path(out), made.manifest.model_copy(update={"sessions": sessions}), records, what="the rescored run"
+    )
 
 
 def score_again(

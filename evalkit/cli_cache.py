@@ -4,14 +4,16 @@ import datetime
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
 
 from evalkit.cli import Json, app, console
-from evalkit.responses import Kept, kept, prune, remove
+
+if TYPE_CHECKING:
+    from evalkit.responses import Kept
 
 cache = typer.Typer(no_args_is_help=True, help="Replies kept by `--cache-dir`: show, verify, prune.")
 app.add_typer(cache, name="cache")
@@ -52,6 +54,8 @@ def prune_command(
 ) -> None:
     """Drop damaged and doubled lines, and stores whose first line is damaged; with --older-than or --model, whole
     stores. Runs that use a store meanwhile go on, and add to what is left."""
+    from evalkit.responses import prune, remove
+
     freed = removed = 0
     for one in _found(folder):
         old = older_than is not None and time.time() - one.used > older_than * 86400
@@ -66,13 +70,15 @@ def prune_command(
         console.print(f"{removed} stores removed, {freed / MEGABYTE:.1f} MB given back")
 
 
-def _found(folder: Path, check: bool = False) -> list[Kept]:
+def _found(folder: Path, check: bool = False) -> "list[Kept]":
+    from evalkit.responses import kept
+
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; name the one that was given as --cache-dir")
     return kept(folder, check)
 
 
-def _print(found: list[Kept], json_output: bool) -> None:
+def _print(found: "list[Kept]", json_output: bool) -> None:
     if json_output:
         rows: list[dict[str, Any]] = [
             {

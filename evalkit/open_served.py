@@ -48,6 +48,7 @@ def open_served(spec: Spec) -> Opened:
 
 
 def _open_at(server: Any, spec: Spec, threads: int) -> Opened:
+    from evalkit.engines.hf import window_of
     from evalkit.engines.messages import ChatEngine
     from evalkit.engines.openai import OpenAIEngine
     from evalkit.engines.replies import eos_ids
@@ -74,7 +75,7 @@ def _open_at(server: Any, spec: Spec, threads: int) -> Opened:
                 f"the tokenizer of {source!r} could not be loaded ({error}); name it: --engine-option "
                 f"tokenizer=FOLDER_OR_ID, or send messages, which need none: --engine-option endpoint=chat"
             ) from error
-        window = _at_least(spec.options, "max_length", 2, known.get("max_model_len") or local.window or 2**31)
+        window = _at_least(spec.options, "max_length", 2, known.get("max_model_len") or window_of(local.config))
         plain = engine = OpenAIEngine(
             server,
             spec.model,

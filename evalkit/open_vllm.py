@@ -11,7 +11,7 @@ def open_vllm(spec: Spec) -> Opened:
     quantised one, which transformers may not run here, the files tell."""
     from tempfile import TemporaryDirectory
 
-    from evalkit.engines.hf import HFEngine
+    from evalkit.engines.hf import window_of
     from evalkit.engines.replies import eos_ids
     from evalkit.engines.vllm import (
         VLLMEngine,
@@ -33,7 +33,7 @@ def open_vllm(spec: Spec) -> Opened:
     loaded = None if is_delta(source) else describe_packed(spec.model, kernel_name(), spec.dtype, **how)
     loaded = loaded or load(spec.model, dtype=spec.dtype, device="cpu", **how)
     tokenizer, eos = loaded.tokenizer, eos_ids(loaded.model, loaded.tokenizer)
-    window = HFEngine(loaded.model, tokenizer).max_length
+    window = window_of(loaded.model.config)
     own = changes_model(spec.options)
     parts, identity = changed(loaded.parts, own) if own else (loaded.parts, loaded.identity)
     scratch = TemporaryDirectory(prefix="evalkit-") if is_delta(source) else None

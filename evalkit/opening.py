@@ -181,8 +181,7 @@ def open_engine(spec: Spec) -> Opened:
         trust_remote_code=spec.trust_remote_code,
         dequantise=dequantise,
     )
-    opened = open_loaded(replace(loaded, name=spec.name) if spec.name else loaded, spec.batch_size)
-    return replace(opened, live=False)
+    return open_loaded(replace(loaded, name=spec.name) if spec.name else loaded, spec.batch_size)
 
 
 def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
@@ -209,7 +208,6 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
             "class": type(loaded.model).__name__,
             "attention": getattr(getattr(loaded.model, "config", None), "_attn_implementation", None),
         },
-        live=True,
         versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
         profile=engine.profile.row,

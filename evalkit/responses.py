@@ -43,7 +43,7 @@ class Responses:
         """how: all that a reply depends on beside its request, as JSON values. name: the model's, to be shown."""
         self.path = folder / FOLDER / _file_name(how)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.hits = self.misses = self.added = self.damaged = 0
+        self.hits = self.misses = self.added = 0
         self._header = json.dumps({"schema": SCHEMA, "model": name, **how}).encode() + b"\n"
         self._waiting: list[bytes] = []
         self._lock = lock_of(self.path)
@@ -78,7 +78,6 @@ class Responses:
         value = parse(line)
         if value is None or line[_KEY] != key.encode():
             del self._offsets[key.encode()]
-            self.damaged += 1
             self.misses += 1
             logger.warning("%s: damaged reply; it is asked for again", where(self.path, offset))
             return None

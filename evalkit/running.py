@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import logging
 import os
 import subprocess
@@ -168,11 +167,9 @@ def _manifest(
 
 
 def _versions(opened: Opened) -> dict[str, str]:
-    from evalkit import __version__
+    from evalkit.engines.base import versions
 
-    # Ours by its constant: a checkout that is not installed has no metadata.
-    libraries = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    return {"evalkit": __version__, **libraries, **opened.versions}
+    return {**versions(), **opened.versions}
 
 
 def _git_revision() -> str:

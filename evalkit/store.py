@@ -182,6 +182,20 @@ class RunWriter:
         return Run(self.manifest, records, self.path)
 
 
+def write_run(path: Path | None, manifest: Manifest, records: Sequence[ItemRecord], what: str) -> Run:
+    """A run that is whole already, ``what`` it is; without a folder in memory only. ValueError: ``path`` holds
+    something."""
+    if path is not None and path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty; give {what} another --out")
+    writer = RunWriter(path, manifest.model_copy(update={"complete": False}))
+    try:
+        for record in records:
+            writer.append(record)
+        return writer.finish(map(key_of, records))
+    finally:
+        writer.close()
+
+
 def key_of(record: ItemRecord) -> Key:
     return record.task, record.version, record.item, record.prompt_sha256
 

@@ -16,7 +16,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from evalkit import __version__, api
@@ -27,7 +26,7 @@ from evalkit.progress import Progress
 from evalkit.registry import Task
 from evalkit.settings import Settings
 from evalkit.store import read_run, write_json
-from evalkit.yaml12 import Loader
+from evalkit.yaml12 import read_mapping
 
 logger = logging.getLogger("evalkit")
 
@@ -96,12 +95,7 @@ def read_sweep(path: Path, changes: Mapping[str, Any]) -> list[Job]:
 
     ValueError names the file, the field, and what was found there.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}: expected the keys models, tasks and out")
+    content = read_mapping(path, str(path), "the keys models, tasks and out")
     if changes.get("out") is not None:
         content["out"] = changes["out"]
     try:

@@ -1,4 +1,4 @@
-"""What is known here of a model that runs elsewhere: its tokenizer, its end tokens and its window."""
+"""What is known here of a model that runs elsewhere: its tokenizer, its end tokens and its configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,8 @@ class Served:
     tokenizer: Any
     generation_config: Any
     """With the tokens that end a reply; None where there is neither this file nor a config.json."""
-    window: int | None
-    """Tokens, as config.json says; None: it does not."""
+    config: Any
+    """None: there is no config.json, or one of an architecture that transformers doesn't know."""
 
 
 def load_served(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Served:
@@ -31,9 +31,7 @@ def load_served(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
     if generation is None and config is not None:
         generation = GenerationConfig.from_model_config(config)
-    text = None if config is None else config.get_text_config()
-    window = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return Served(tokenizer=tokenizer, generation_config=generation, window=window)
+    return Served(tokenizer=tokenizer, generation_config=generation, config=config)
 
 
 def read_generation(source: str, revision: str | None) -> Any:

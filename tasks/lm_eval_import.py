@@ -20,7 +20,7 @@ from typing import Any
 from evalkit.records import GENERATION, LOGLIKELIHOOD, MODES, ItemRecord, Mode, Normalisation, Outcome, TaskEntry
 from evalkit.scoring import decide
 from evalkit.settings import Settings
-from evalkit.store import Manifest, Model, Run, RunWriter, key_of
+from evalkit.store import Manifest, Model, Run, write_run
 from tasks.lm_eval_free import INVALID
 from tasks.lm_eval_kinds import RIGHT_OR_WRONG
 from tasks.lm_eval_tasks import PREFIX
@@ -62,8 +62,6 @@ def import_run(folder: Path, out: Path | None, tasks: Collection[str] | None = N
     ValueError: samples are missing or damaged, the version is unknown, the results are of two models or were asked in
     two ways, or ``out`` holds something.
     """
-    if out is not None and out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give the imported run another --out")
     parts = _parts(folder, tasks)
     identity = _identity(folder, parts)
     records = {part.task: _records(part) for part in parts}
@@ -93,14 +91,7 @@ def import_run(folder: Path, out: Path | None, tasks: Collection[str] | None = N
             },
         ),
     )
-    writer = RunWriter(out, manifest)
-    try:
-        rows = [record for part in parts for record in records[part.task]]
-        for record in rows:
-            writer.append(record)
-        return writer.finish(map(key_of, rows))
-    finally:
-        writer.close()
+    return write_run(out, manifest, [record for part in parts for record in records[part.task]], "the imported run")
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

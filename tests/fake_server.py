@@ -48,6 +48,8 @@ class FakeServer(ThreadingHTTPServer):
         self.bodies: list[dict[str, Any]] = []
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
+        self.computing = threading.Lock()  # tokenizers may refuse two threads at once, and so does the engine
+        self.over = False
 
     @property
     def url(self) -> str:
@@ -111,7 +113,10 @@ class Handler(BaseHTTPRequestHandler):
             elif server.dialect == "text" and not isinstance(body["prompt"], str):
                 self.refuse(422, "prompt should be a string")
             else:
-                with server.lock:  # tokenizers may refuse two threads at once
+                with server.computing:
+                    if server.over:
+                        hang_up(self)
+                        return
                     reply = self.chat(body) if server.dialect == "chat" else self.complete(body)
                 server.change(reply)
                 self.send(reply)
@@ -179,6 +184,8 @@ def serving(model: Any, tokenizer: Any, dialect: str = "vllm") -> Iterator[FakeS
         finally:
             server.shutdown()
             thread.join()
+            with server.computing:  # what a client gave up is still computed, with a model that the next server shares
+                server.over = True
 
 
 # --- faults ---

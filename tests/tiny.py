@@ -94,24 +94,23 @@ def tiny_gpt2(vocab_size: int, *, window: int = 256) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
-def tiny_qwen3(vocab_size: int) -> Qwen3ForCausalLM:
+def tiny_qwen3(vocab_size: int, **changes: Any) -> Qwen3ForCausalLM:
     """Normalised queries and keys, heads wider than hidden size / heads, tied head."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    options: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab_size, **{**options, **changes})).eval()
 
 
 def chain_llama(vocab_size: int, *chains: Sequence[int], head_dim: int = 8) -> LlamaForCausalLM:

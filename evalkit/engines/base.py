@@ -1,8 +1,10 @@
 """What every engine is: one method, ``answer``."""
 
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from evalkit import __version__
 from evalkit.encoding import Tokenizer
 from evalkit.records import Reply, Request
 
@@ -21,6 +23,11 @@ class Engine(Protocol):
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """(index in ``requests``, reply) of each, in the order in which they finish."""
         ...
+
+
+def versions() -> dict[str, str]:
+    """Of the packages behind every engine; ours by its constant: a checkout that is not installed has no metadata."""
+    return {"evalkit": __version__} | {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def cost(request: Request) -> int:

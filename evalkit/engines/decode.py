@@ -5,7 +5,6 @@ one CUDA graph, since a small model's launches take longer than its work; elsewh
 in use.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,11 @@ from evalkit.encoding import CLOSE, OPEN, Tokenizer
 from evalkit.engines.cache import Slots, row_bytes
 from evalkit.engines.forward import Forward
 from evalkit.engines.prefill import Begun
-from evalkit.engines.profile import TIE, Profile
-from evalkit.engines.replies import cut_reply, decode, first_stop
+from evalkit.engines.profile import Profile
+from evalkit.engines.replies import cut_reply, decode, first_stop, seed_of
 from evalkit.engines.work import Job
 from evalkit.records import Generation
+from evalkit.scoring import TIE
 
 logger = logging.getLogger("evalkit")
 
@@ -66,8 +66,7 @@ class Sampler:
 
     def __init__(self, prompt: tuple[int, ...], generation: Generation) -> None:
         self.temperature = generation.temperature
-        digest = hashlib.sha256(f"{generation.seed} {prompt}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        self.generator = torch.Generator().manual_seed(seed_of(prompt, generation))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Float32 logits [vocabulary] -> scores whose argmax is the token; without a temperature, the logits."""

@@ -5,7 +5,7 @@ The output head runs in float32: a bfloat16 head rounds logits so coarsely that 
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,9 +94,9 @@ class Forward:
             del head.forward
 
 
-def logprobs(logits: Tensor, wanted: Sequence[Sequence[int]]) -> list[list[float]]:
-    """For each row of ``logits`` [n, vocabulary] the log-probabilities of the tokens ``wanted`` of it (nats)."""
-    out: list[list[float]] = []
+def logprobs(logits: Tensor, wanted: Sequence[Iterable[int]]) -> list[dict[int, float]]:
+    """For each row of ``logits`` [n, vocabulary] the log-probability of each token ``wanted`` of it (nats)."""
+    out: list[dict[int, float]] = []
     step = 32  # a full-vocabulary copy of all rows would double the memory
     for start in range(0, len(logits), step):
         # logsumexp would be nearer to float64 by some 1e-5 nats a token, but sums agree with lm-eval's this way.
@@ -105,7 +105,7 @@ def logprobs(logits: Tensor, wanted: Sequence[Sequence[int]]) -> list[list[float
         at = [(r, token) for r, tokens in enumerate(asked) for token in tokens]
         index = torch.tensor(at, dtype=torch.long, device=rows.device).view(-1, 2)
         values = iter(rows[index[:, 0], index[:, 1]].tolist())
-        out += [[next(values) for _ in tokens] for tokens in asked]
+        out += [{token: next(values) for token in tokens} for tokens in asked]
     return out
 
 

@@ -19,10 +19,11 @@ from evalkit.engines.decode import Decoder
 from evalkit.engines.forward import Forward
 from evalkit.engines.plain import Plain
 from evalkit.engines.prefill import Prefill
-from evalkit.engines.profile import TIE, Profile
+from evalkit.engines.profile import Profile
 from evalkit.engines.replies import eos_ids
 from evalkit.engines.work import Job, Limits, Queue, Tokens, jobs_of
 from evalkit.records import Generation, Reply, Request
+from evalkit.scoring import best
 
 logger = logging.getLogger("evalkit")
 
@@ -70,7 +71,7 @@ class HFEngine:
         self._prefill: Prefill | None = None
         self._decoder = Decoder(self._forward, tokenizer, self._eos, self.profile, rows=self.batch_size)
         kind = "cpu" if self.device.type == "cpu" else "cuda"
-        vocabulary = getattr(_text_config(model), "vocab_size", None) or 2**15
+        vocabulary = getattr(_text_of(model.config), "vocab_size", None) or 2**15
         self._limits = Limits(self.batch_size, PASS_TOKENS[kind], PASS_LOGITS[kind] // vocabulary)
 
     @property
@@ -84,8 +85,7 @@ class HFEngine:
 
     @property
     def max_length(self) -> int:
-        config = _text_config(self.model)
-        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+        return window_of(self.model.config)
 
     def answer(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Long requests first: an out-of-memory error comes at once, and rows of a batch are alike in length."""
@@ -157,7 +157,7 @@ class HFEngine:
 
     def _trial(self, layout: Literal["tree", "rows"]) -> str:
         """How far scores and replies in ``layout`` are from plain passes on a few tokens; empty: near enough."""
-        ids = tuple((37 * i + 11) % int(_text_config(self.model).vocab_size) for i in range(12))
+        ids = tuple((37 * i + 11) % int(_text_of(self.model.config).vocab_size) for i in range(12))
         replies = [Generation(max_tokens=n) for n in (3, 2)]
         jobs = [
             Job(ids[:6], continuations=[ids[6:9], ids[9:11], ids[6:7]], generations=replies[:1]),
@@ -268,8 +268,14 @@ class HFEngine:
             torch.cuda.empty_cache()
 
 
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+def window_of(config: Any) -> int:
+    """The window of a model with this configuration (tokens); where it does not tell, 2**31."""
+    text = _text_of(config)
+    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31)
+
+
+def _text_of(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _reply(request: Request, job: Job) -> Reply | None:
@@ -284,5 +290,4 @@ def _reply(request: Request, job: Job) -> Reply | None:
 
 def _tie(reply: Reply) -> bool:
     """The best two continuations are nearer than rounding may move them."""
-    sums = sorted(map(sum, reply.logprobs))
-    return len(sums) > 1 and sums[-1] - sums[-2] <= TIE * max(1.0, abs(sums[-1]))
+    return len(reply.logprobs) > 1 and len(best([sum(row) for row in reply.logprobs])) > 1

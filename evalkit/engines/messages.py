@@ -10,8 +10,8 @@ from multiprocessing.pool import ThreadPool
 from typing import Any, Literal
 
 from evalkit.encoding import Tokenizer
-from evalkit.engines.openai import CANNOT, HABITS, STOPS, ended, in_thought, sampling, understood
-from evalkit.engines.replies import first_stop
+from evalkit.engines.openai import CANNOT, HABITS, STOPS, ended, sampling, understood
+from evalkit.engines.replies import first_stop, in_thought
 from evalkit.engines.server import Refused, Server
 from evalkit.records import LOGLIKELIHOOD, Generated, Generation, Reply, Request
 from evalkit.settings import Settings

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from typing import Any, Literal
 
-from evalkit.encoding import CLOSE, OPEN, Tokenizer
-from evalkit.engines.replies import cut_reply, first_stop
+from evalkit.encoding import CLOSE, Tokenizer
+from evalkit.engines.replies import cut_reply, first_stop, in_thought
 from evalkit.engines.server import Refused, Server
 from evalkit.records import LOGLIKELIHOOD, Generated, Generation, Reply, Request
 from evalkit.settings import Settings
@@ -333,11 +333,6 @@ def sampling(generation: Generation) -> dict[str, Any]:
     if not generation.temperature:
         return {"temperature": 0.0}
     return {"temperature": generation.temperature, "top_p": 1.0, "seed": generation.seed}
-
-
-def in_thought(text: str, generation: Generation) -> bool:
-    """Whether the server stopped inside a thinking block that the model opened; no stop string counts there."""
-    return text.lstrip().startswith(OPEN) and CLOSE not in text and CLOSE not in generation.stops
 
 
 def ended(server: Server, choice: Mapping[str, Any]) -> Literal["eos", "length"]:

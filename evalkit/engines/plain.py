@@ -52,7 +52,8 @@ class Plain:
             with self.profile.phase("choices", len(batch), choices=sum(len(j.prompt) + len(t) - 1 for j, t in batch)):
                 logits = self.logits([(job.prompt + tail, len(tail)) for job, tail in batch])
                 for (job, tail), own in zip(batch, logits, strict=True):
-                    job.scores[tail] = tuple(value for [value] in logprobs(own, [[token] for token in tail]))
+                    rows_ = logprobs(own, [[token] for token in tail])
+                    job.scores[tail] = tuple(row[token] for row, token in zip(rows_, tail, strict=True))
         replies = [(job, generation) for job in jobs for generation in job.generations]
         for members in self._together(replies):
             for start in range(0, len(members), rows):

@@ -5,7 +5,6 @@ A worker that dies loses nothing: its chunk goes to another one, and a new worke
 """
 
 import contextlib
-import importlib.metadata
 import itertools
 import logging
 import queue
@@ -17,9 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from evalkit import __version__
 from evalkit.encoding import Tokenizer
-from evalkit.engines.base import cost
+from evalkit.engines.base import cost, versions
 from evalkit.records import Reply, Request
 
 ATTEMPTS = 3
@@ -101,9 +99,8 @@ class Host:
         self._opened = self._opener()
         engine = self._opened.engine
         facts = Facts(tokenizer=engine.tokenizer, max_length=engine.max_length)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        versions |= {"evalkit": __version__, **self._opened.versions}
-        return replace(self._opened, engine=facts, versions=versions, close=_nothing, profile=dict)
+        used = {**versions(), **self._opened.versions}
+        return replace(self._opened, engine=facts, versions=used, close=_nothing, profile=dict)
 
     def _answer(self, requests: Sequence[Request]) -> list[Reply]:
         replies = dict(self._opened.engine.answer(requests)) if requests else {}

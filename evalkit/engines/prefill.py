@@ -97,12 +97,7 @@ class Prefill:
                 positions=self._tensor([tree.depths]) + shared,
                 cache=cache,
             )
-            found = [
-                dict(zip(asked, row, strict=True))
-                for asked, row in zip(
-                    picks.values(), logprobs(logits, [list(asked) for asked in picks.values()]), strict=True
-                )
-            ]
+            found = logprobs(logits, list(picks.values()))
         for job, tail, nodes in texts:
             job.scores[tail] = tuple(found[place[node]][token] for node, token in zip(nodes, tail, strict=True))
         return [
@@ -145,10 +140,7 @@ class Prefill:
                 positions=(shared + torch.arange(width, device=ids.device)).expand(len(jobs), -1),
                 cache=cache,
             )
-            firsts = [sorted({tail[0] for tail in job.continuations if tail}) for job in jobs]
-            first = [
-                dict(zip(asked, row, strict=True)) for asked, row in zip(firsts, logprobs(ends, firsts), strict=True)
-            ]
+            first = logprobs(ends, [sorted({tail[0] for tail in job.continuations if tail}) for job in jobs])
         longer: list[tuple[int, Tokens]] = []
         for r, job in enumerate(jobs):
             for tail in job.continuations:
@@ -186,9 +178,9 @@ class Prefill:
                 positions=lengths + torch.arange(ids.shape[1], device=ids.device),
                 cache=rows_of(cache, rows),
             )
-            values = iter(logprobs(logits, [[batch[at][1][column + 1]] for at, column in picks]))
+            found = iter(logprobs(logits, [[batch[at][1][column + 1]] for at, column in picks]))
             for r, tail in batch:
-                jobs[r].scores[tail] = (first[r][tail[0]], *(next(values)[0] for _ in tail[1:]))
+                jobs[r].scores[tail] = (first[r][tail[0]], *(next(found)[token] for token in tail[1:]))
 
     def _padded(self, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
         """(ids, mask) [rows, longest], padded on the right."""

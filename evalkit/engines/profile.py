@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-TIE = 1e-5
-"""What batching, padding and caches may change of a float32 log-probability a, relative to max(1, |a|)."""
-
 
 @dataclass(slots=True)
 class Profile:

@@ -1,5 +1,6 @@
 """What every engine makes of generated tokens: where a reply ends, and its text. No model is needed."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -46,6 +47,17 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
             return None
     found = [at for at in (text.find(stop, start) for stop in stops) if at >= 0]
     return min(found, default=None)
+
+
+def in_thought(text: str, generation: Generation) -> bool:
+    """Whether ``text`` ends inside a thinking block that the model opened; no stop string counts there."""
+    return text.lstrip().startswith(OPEN) and CLOSE not in text and CLOSE not in generation.stops
+
+
+def seed_of(prompt: tuple[int, ...], generation: Generation) -> int:
+    """Of a reply's own generator: it depends on its prompt and its run's seed, on no other request."""
+    digest = hashlib.sha256(f"{generation.seed} {prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:

@@ -7,7 +7,6 @@ tokens that were asked for, however unlikely they are.
 """
 
 import difflib
-import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from evalkit.encoding import CLOSE, OPEN, Tokenizer
-from evalkit.engines.replies import cut_reply, decode, first_stop
+from evalkit.encoding import CLOSE, Tokenizer
+from evalkit.engines.replies import cut_reply, decode, first_stop, in_thought, seed_of
 from evalkit.records import Generated, Generation, Reply, Request
 
 OWN_OPTIONS = (
@@ -188,7 +187,7 @@ class VLLMEngine:
             params = {
                 "max_tokens": generation.max_tokens - len(job.said),
                 "temperature": generation.temperature,
-                "seed": _seed(tokens, generation) if generation.temperature else None,
+                "seed": seed_of(tokens, generation) if generation.temperature else None,
                 "stop": stops,
                 "detokenize": bool(stops),
                 "stop_token_ids": sorted(self._eos),
@@ -206,8 +205,7 @@ class VLLMEngine:
 
     def _thinks(self, job: _Words) -> bool:
         """The model opened a thinking block and has not closed it: no stop string counts there."""
-        text = decode(self._tokenizer, job.said, job.generation.stops)
-        return text.lstrip().startswith(OPEN) and CLOSE not in text and CLOSE not in job.generation.stops
+        return in_thought(decode(self._tokenizer, job.said, job.generation.stops), job.generation)
 
     def _ended(self, job: _Words, reason: str | None) -> bool:
         """Whether the reply ends here by our own rule; vLLM also stops at stop strings inside a thinking block."""
@@ -244,12 +242,6 @@ def _read(job: _Scores, output: Any) -> Iterator[tuple[int, tuple[float, ...]]] 
         before = tuple(float(place[token].logprob) for place, token in zip(places, job.head, strict=True))
     [after] = output.outputs[0].logprobs
     return ((one, (*before, float(after[token].logprob))) for token, ends in job.last.items() for one in ends)
-
-
-def _seed(tokens: tuple[int, ...], generation: Generation) -> int:
-    """A reply depends on its own prompt and seed, on no other request."""
-    digest = hashlib.sha256(f"{generation.seed} {tokens}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def need_vllm() -> None:

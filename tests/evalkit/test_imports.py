@@ -71,6 +71,11 @@ def test_no_submodule_is_named_like_a_public_function() -> None:
     assert not modules & set(evalkit.__all__)
 
 
+def test_the_command_line_starts_without_what_only_its_commands_need() -> None:
+    code = "import evalkit.commands, sys; print(*sorted({'torch', 'pydantic', 'yaml', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "\n"
+
+
 def test_import_evalkit_is_light() -> None:
     code = (
         "import evalkit, sys; heavy = {'torch', 'transformers', 'datasets', 'scipy'}; "

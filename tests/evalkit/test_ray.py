@@ -1,7 +1,6 @@
 """Workers as actors of a real Ray cluster: two nodes on this machine."""
 
 import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from evalkit.engines.pool import Pool
 from evalkit.engines.ray import RayWorker, connect, read_resources, room
 from tests.conftest import ROOT
 from tests.evalkit.test_workers import assert_same_records
-from tests.evalkit.workers import expected, opened, request
+from tests.evalkit.workers import expected, open_together, opened, request
 
 
 @pytest.fixture(scope="module")
@@ -115,17 +114,6 @@ def test_more_actors_than_the_cluster_has_room_for_wait_without_harm(cluster: An
 def test_a_node_killed_in_the_middle_of_a_run_loses_nothing(
     cluster: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    together = threading.Barrier(2)
-    first: list[RayWorker] = []
-    really = RayWorker.open
-
-    def open_together(worker: RayWorker) -> Any:
-        opened = really(worker)
-        if len(first) < 2:
-            first.append(worker)
-            together.wait(120)
-        return opened
-
     killed: list[Any] = []
 
     def kill_node(task: str, done: int, total: int) -> None:
@@ -133,7 +121,7 @@ def test_a_node_killed_in_the_middle_of_a_run_loses_nothing(
             killed.append(cluster.second)
             cluster.remove_node(cluster.second, allow_graceful=False)
 
-    monkeypatch.setattr(RayWorker, "open", open_together)
+    open_together(RayWorker, monkeypatch)
     how: dict[str, Any] = {"tasks": ["quick"], "limit": 100, "device": "cpu", "batch_size": 8}
     run = ek.run(tiny_folder, **how, ray=cluster.address, out=tmp_path, progress=kill_node)
     assert killed and "was lost: " in caplog.text and "another one takes its place" in caplog.text

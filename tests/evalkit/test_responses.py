@@ -29,6 +29,7 @@ from evalkit.responses import (
 )
 from evalkit.store import OUTCOMES
 from tests.evalkit.test_cli import in_process
+from tests.oracles import assert_same_replies
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 HOW = {"fingerprint": "f" * 16, "dtype": "float32"}
@@ -68,26 +69,20 @@ def answers(engine: StoredEngine | HFEngine, asked: Sequence[Request]) -> dict[i
     return dict(engine.answer(asked))
 
 
-def assert_same(found: dict[int, Reply], wanted: dict[int, Reply]) -> None:
-    assert found.keys() == wanted.keys()
-    for i, reply in wanted.items():
-        assert found[i].generated == reply.generated
-        for a, b in zip(found[i].logprobs, reply.logprobs, strict=True):
-            assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
-
-
 def test_nothing_is_computed_twice_and_replies_are_the_engines(engine: Counting, tmp_path: Path) -> None:
     wanted = answers(engine, requests())
     store = Responses(tmp_path, HOW)
-    assert_same(answers(StoredEngine(engine, store), requests()), wanted)
+    assert_same_replies(requests(), answers(StoredEngine(engine, store), requests()), wanted)
     store.close()
     engine.scores = engine.replies = 0
     again = Responses(tmp_path, HOW)
     found = answers(StoredEngine(engine, again), requests())
-    assert_same(found, wanted)
+    assert_same_replies(requests(), found, wanted)
     assert (engine.scores, engine.replies, again.misses) == (0, 0, 0)
     more = [replace(one, continuations=(*one.continuations, (7, 7, 7, 7))) for one in requests()]
-    assert_same(answers(StoredEngine(engine, again), more), answers(HFEngine(engine.model, engine.tokenizer), more))
+    assert_same_replies(
+        more, answers(StoredEngine(engine, again), more), answers(HFEngine(engine.model, engine.tokenizer), more)
+    )
     assert (engine.scores, engine.replies) == (len(more), 0)
     again.close()
 
@@ -139,13 +134,13 @@ def test_a_damaged_record_is_named_and_redone(
     bad = [line for one in kept(tmp_path, check=True) for line in one.damaged]
     assert bad == ([] if damage == "empty line" else [f"{store.path}, line 6"])
     again = Responses(tmp_path, HOW)
-    assert_same(answers(StoredEngine(engine, again), requests()), wanted)
+    assert_same_replies(requests(), answers(StoredEngine(engine, again), requests()), wanted)
     again.close()
     assert (again.misses > 0) == (damage != "empty line")
     if damage == "flip":
         assert "line 6: damaged reply; it is asked for again" in caplog.text
     third = Responses(tmp_path, HOW)
-    assert_same(answers(StoredEngine(engine, third), requests()), wanted)
+    assert_same_replies(requests(), answers(StoredEngine(engine, third), requests()), wanted)
     assert third.misses == 0
     third.close()
 
@@ -158,8 +153,8 @@ def test_a_writer_that_died_in_a_line_spoils_no_other(engine: Counting, tmp_path
     second = answers(StoredEngine(engine, store), requests(2))
     store.close()
     again = Responses(tmp_path, HOW)
-    assert_same(answers(StoredEngine(engine, again), requests(1)), first)
-    assert_same(answers(StoredEngine(engine, again), requests(2)), second)
+    assert_same_replies(requests(1), answers(StoredEngine(engine, again), requests(1)), first)
+    assert_same_replies(requests(2), answers(StoredEngine(engine, again), requests(2)), second)
     assert again.misses == 0
     again.close()
 

@@ -18,7 +18,7 @@ from evalkit.engines.pool import Pool
 from evalkit.opening import Spec, Spread, open_spread
 from evalkit.store import Run
 from tests.conftest import ROOT
-from tests.evalkit.workers import expected, forking, opened, request
+from tests.evalkit.workers import expected, forking, open_together, opened, request
 
 
 def assert_same_records(one: Run, two: Run) -> None:
@@ -38,17 +38,6 @@ def assert_same_records(one: Run, two: Run) -> None:
 def test_a_killed_worker_of_a_run_loses_nothing(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    together = threading.Barrier(2)
-    first: list[LocalWorker] = []
-    really = LocalWorker.open
-
-    def open_together(worker: LocalWorker) -> Any:
-        opened = really(worker)
-        if len(first) < 2:
-            first.append(worker)
-            together.wait(120)
-        return opened
-
     killed: list[int] = []
 
     def kill_one(task: str, done: int, total: int) -> None:
@@ -56,7 +45,7 @@ def test_a_killed_worker_of_a_run_loses_nothing(
             killed.extend(process.pid or 0 for process in multiprocessing.active_children()[:1])
             os.kill(killed[0], signal.SIGKILL)
 
-    monkeypatch.setattr(LocalWorker, "open", open_together)
+    open_together(LocalWorker, monkeypatch)
     how: dict[str, Any] = {"tasks": ["quick"], "limit": 100, "device": "cpu", "batch_size": 8}
     run = ek.run(tiny_folder, **how, workers=2, out=tmp_path, progress=kill_one)
     assert f"(process {killed[0]}) was killed by SIGKILL; another one takes its place" in caplog.text

@@ -104,3 +104,19 @@ def play(pipe: Any, job: Any, options: Any) -> None:
         sys.stderr.close()  # its traceback is not this test's
         raise AssertionError
     pipe.send(("failed", "there is no such model") if job.name == "refused" else ("done", {"tasks": []}))
+
+
+def open_together(kind: type[Any], monkeypatch: Any) -> None:
+    """The first two workers of ``kind`` are open at the same time, so that both have a part of the work."""
+    together = threading.Barrier(2)
+    first: list[Any] = []
+    really = kind.open
+
+    def both(worker: Any) -> Any:
+        opened = really(worker)
+        if len(first) < 2:
+            first.append(worker)
+            together.wait(120)
+        return opened
+
+    monkeypatch.setattr(kind, "open", both)

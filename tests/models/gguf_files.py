@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_qwen3, tiny_tokenizer
 
 BLOCKS = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}
 """Types that the package gguf reads only: bytes of a block of 256 weights, and where its float16 scales stand."""
@@ -16,23 +14,16 @@ BLOCKS = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}
 
 def qwen3(vocab_size: int) -> Any:
     """Wide enough for blocks of 256 weights; its head is its embeddings."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=vocab_size,
+    return tiny_qwen3(
+        vocab_size,
         hidden_size=256,
         intermediate_size=256,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=128,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
         initializer_range=0.05,
-        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    return Qwen3ForCausalLM(config).eval()
 
 
 def packed(weight: np.ndarray, kind: str) -> np.ndarray:
