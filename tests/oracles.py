@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from evalkit.records import Generated, Reply, Request
+from evalkit.store import Run
 
 TIE = 1e-5
 """What batching and padding may change of a float32 log-probability a, relative to max(1, |a|)."""
@@ -109,3 +112,16 @@ def assert_same_replies(
                 assert sums.index(max(sums)) == twins.index(max(twins)), f"request {i}"
     assert largest <= TIE, f"log-probabilities differ by up to {largest:.2e}"
     return largest, near_ties
+
+
+def assert_same_records(one: Run, two: Run) -> None:
+    """Identical but for log-probabilities, which differ in the last float32 digits with the batch."""
+    assert one.tasks == two.tasks
+    for task in one.tasks:
+        records, others = one.records(task), two.records(task)
+        assert records.keys() == others.keys()
+        for item, record in records.items():
+            for mine, its in zip(record.outcomes, others[item].outcomes, strict=True):
+                assert its.logprobs == pytest.approx(mine.logprobs, rel=1e-5)
+                for name in ("mode", "view", "outcome", "choice", "answer", "reply", "span", "finish", "num_tokens"):
+                    assert getattr(its, name) == getattr(mine, name), (item, name)

@@ -130,6 +130,9 @@ class Runner:
         self.say(f"{job.name}: exit code {code} after {time.monotonic() - begun:.0f} s{'' if whole else ', not done'}")
         if whole:
             done.touch()
+        if code:  # the machine may be gone before anyone can read the file
+            lines = (self.out / "logs" / f"{job.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(f"    {line}" for line in lines[-12:]), flush=True)
         return whole
 
     def _finished(self, job: Job) -> bool:

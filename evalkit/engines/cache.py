@@ -5,6 +5,7 @@ convolution states [rows, ...].
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,6 +103,10 @@ class Slots:
         columns = torch.arange(self.width, device=self.at.device)
         return (columns <= self.at[: self.used, None]).long()
 
+    def advance(self) -> None:
+        """Each row in use holds a token more; those that nobody reads any more stay at the last column."""
+        self.at[: self.used] = (self.at[: self.used] + 1).clamp(max=self.columns - 1)
+
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows; those in use stay what they are."""
         self.rows = rows
@@ -110,17 +115,25 @@ class Slots:
         for layer in self.cache.layers:
             layer.grow(rows)
 
-    def put(self, slot: int, cache: DynamicCache, row: int, columns: Tensor) -> None:
-        """Fill ``slot`` from the tokens at ``columns`` of a row of ``cache``."""
+    def put(
+        self, slots: Sequence[int], cache: DynamicCache, rows: Sequence[int], columns: Sequence[Sequence[int]]
+    ) -> None:
+        """Fill each of ``slots`` from the tokens at its ``columns`` in its row of ``cache``."""
+        device = self.at.device
+        width = max(map(len, columns))
+        padded = [[*one, *[one[-1]] * (width - len(one))] for one in columns]  # masked, so anything finite will do
+        where, from_, at = (torch.tensor(one, device=device) for one in (list(slots), list(rows), padded))
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
-            mine.put(slot, theirs, row, columns)
-        self.at[slot] = len(columns)
+            mine.put(where, theirs, from_, at)
+        self.at[where] = torch.tensor([len(one) for one in columns], device=device)
 
-    def move(self, source: int, slot: int) -> None:
+    def move(self, sources: Sequence[int], slots: Sequence[int]) -> None:
+        """What is in each of ``sources`` to the one of ``slots`` beside it."""
+        from_, to = (torch.tensor(list(one), device=self.at.device) for one in (sources, slots))
         for layer in self.cache.layers:
             for tensor in layer.tensors():
-                tensor[slot] = tensor[source]
-        self.at[slot] = self.at[source]
+                tensor[to.to(tensor.device)] = tensor[from_.to(tensor.device)]
+        self.at[to] = self.at[from_]
 
 
 class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
@@ -141,9 +154,11 @@ class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
     def grow(self, rows: int) -> None:
         self.keys, self.values = _more(self.keys, rows), _more(self.values, rows)
 
-    def put(self, slot: int, layer: DynamicLayer, row: int, columns: Tensor) -> None:
+    def put(self, slots: Tensor, layer: DynamicLayer, rows: Tensor, columns: Tensor) -> None:
         for mine, theirs in ((self.keys, layer.keys), (self.values, layer.values)):
-            mine[slot, :, : len(columns)] = theirs[row].index_select(1, columns.to(theirs.device))
+            to, from_, at = (one.to(mine.device) for one in (slots, rows, columns))
+            # [slots, columns, heads, width]: what is indexed by two tensors around a slice comes first.
+            mine[to, :, : at.shape[1]] = theirs[from_[:, None], :, at].transpose(1, 2)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """One token a row: [used, heads, 1, width]."""
@@ -183,10 +198,10 @@ class _RecurrentSlots(LinearAttentionLayer):  # type: ignore[misc]
         for name, states in self._all.items():
             getattr(self, name).update({i: state[:rows] for i, state in states.items()})
 
-    def put(self, slot: int, layer: LinearAttentionLayer, row: int, columns: Tensor) -> None:
+    def put(self, slots: Tensor, layer: LinearAttentionLayer, rows: Tensor, columns: Tensor) -> None:
         for name, states in self._all.items():
             for i, state in states.items():
-                state[slot] = getattr(layer, name)[i][row]
+                state[slots.to(state.device)] = getattr(layer, name)[i][rows.to(state.device)]
 
 
 def _more(tensor: Tensor, rows: int) -> Tensor:

@@ -6,56 +6,30 @@ in use.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from evalkit.encoding import CLOSE, OPEN, Tokenizer
+from evalkit.encoding import Tokenizer
 from evalkit.engines.cache import Slots, row_bytes
 from evalkit.engines.forward import Forward
 from evalkit.engines.prefill import Begun
 from evalkit.engines.profile import Profile
-from evalkit.engines.replies import cut_reply, decode, first_stop, seed_of
+from evalkit.engines.replies import Watch, cut_reply, seed_of
 from evalkit.engines.work import Job
 from evalkit.records import Generation
 from evalkit.scoring import TIE
 
 logger = logging.getLogger("evalkit")
 
-FIRST = 8
-"""A thinking block that the model opens itself stands within its first tokens."""
 ROUND = 16
 """Slots have a multiple of this many columns."""
 FEW = 4
 """Rows that slots have at first, where they may grow."""
 CACHE = 2**28
 """Bytes of all slots where memory can't be asked for: a CPU is kept busy by the rows that they hold."""
-
-
-class Watch:
-    """Tells, token by token, when a row has ended by a stop string or its length."""
-
-    def __init__(self, tokenizer: Tokenizer, generation: Generation) -> None:
-        self.tokenizer = tokenizer
-        self.generation = generation
-        self.thinks = False
-        """The model opened a thinking block itself; no stop string counts before its end."""
-
-    def ended(self, tokens: Sequence[int]) -> bool:
-        """``tokens``: all that the row has said; asked after each token."""
-        stops = self.generation.stops
-        if len(tokens) >= self.generation.max_tokens:
-            return True
-        if not stops:
-            return False
-        if len(tokens) <= FIRST:
-            self.thinks = decode(self.tokenizer, tokens, stops).lstrip().startswith(OPEN)
-        # A stop string of n characters lies within the last n + 8 tokens: every token but a byte piece has one.
-        tail = max(map(len, stops)) + 8
-        shown = tokens if self.thinks and CLOSE not in stops else tokens[-tail:]
-        return first_stop(decode(self.tokenizer, shown, stops), stops) is not None
 
 
 class Sampler:
@@ -66,7 +40,8 @@ class Sampler:
 
     def __init__(self, prompt: tuple[int, ...], generation: Generation) -> None:
         self.temperature = generation.temperature
-        self.generator = torch.Generator().manual_seed(seed_of(prompt, generation))
+        if self.temperature:
+            self.generator = torch.Generator().manual_seed(seed_of(prompt, generation))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Float32 logits [vocabulary] -> scores whose argmax is the token; without a temperature, the logits."""
@@ -109,14 +84,21 @@ class Decoder:
         self.profile = profile
         self.limit = rows
         self.static = static or forward.device.type == "cuda"
-        self.rows: list[Row] = []
         self.needs: list[int] = []
         """Columns that the rows to come will need: slots are made for the longest of those like the first."""
         self.slots: Slots | None = None
+        self._places: list[Row | None] = []
+        """By slot, up to the last that is in use. What ends leaves its place empty until another takes it."""
         self._cap = rows
         """Rows that the slots may grow to."""
         self._ids = torch.zeros(0, dtype=torch.long)
-        self._step: Callable[[int], Tensor] = self._pass
+        """The newest token of each slot, which the next pass runs."""
+        self._step: Callable[[int], tuple[Tensor, Tensor]] = self._pass
+        self._watches: dict[tuple[str, ...], Watch] = {}
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for row in self._places if row is not None]
 
     @property
     def most(self) -> int:
@@ -126,68 +108,94 @@ class Decoder:
     def room(self, need: int) -> int:
         """How many rows of ``need`` columns may enter now. Where they would need more columns than the slots have, or
         leave more than half of them unused, they wait until the slots are free and make new ones."""
-        if self.rows:
-            return max(0, self.most - len(self.rows)) if self._fits(need) else 0
+        if rows := len(self.rows):
+            return max(0, self.most - rows) if self._fits(need) else 0
         return self.most if self._fits(need) else self.limit
 
     def _fits(self, need: int) -> bool:
         return self.slots is not None and self.slots.columns <= 2 * _rounded(need) and need <= self.slots.columns
 
     def enter(self, begun: Sequence[Begun]) -> list[Row]:
-        """Choose each reply's first token; rows that go on take slots, the others are returned, finished."""
+        """Choose the first token of each reply of one prefill pass; rows that go on take slots, the others are
+        returned, finished."""
         rows = [
-            Row(one.job, generation, Sampler(one.job.prompt, generation), Watch(self.tokenizer, generation), [])
+            Row(one.job, generation, Sampler(one.job.prompt, generation), self._watch(generation.stops), [])
             for one in begun
             for generation in one.job.generations
         ]
         if not rows:
             return []
         from_ = [one for one in begun for _ in one.job.generations]
-        self._choose(rows, torch.stack([one.logits for one in from_]))
+        logits = torch.stack([one.logits for one in from_])
+        self._choose(rows, range(len(rows)), logits, _best(logits))
         ended = [self._ended(row) for row in rows]
-        for one, row, over in zip(from_, rows, ended, strict=True):
-            if over:
-                continue
+        going = [(one, row) for one, row, over in zip(from_, rows, ended, strict=True) if not over]
+        if going:
             if not self.rows and not self._fits(need := max(one.job.need for one in begun)):
-                self._make_slots(one, need, len(rows) - sum(ended))
-            assert self.slots is not None
-            if len(self.rows) == self.slots.rows:
-                self._resize(min(self._cap, 2 * self.slots.rows))
-            self.slots.put(len(self.rows), one.cache, one.row, one.columns)
-            self.rows.append(row)
+                self._make_slots(going[0][0], need, len(going))
+            self._seat(going)
         return [row for row, over in zip(rows, ended, strict=True) if over]
+
+    def _seat(self, going: Sequence[tuple[Begun, Row]]) -> None:
+        assert self.slots is not None
+        places = list(self._places)
+        empty = [slot for slot, row in enumerate(places) if row is None][: len(going)]
+        slots = [*empty, *range(len(places), len(places) + len(going) - len(empty))]
+        places += [None] * (len(going) - len(empty))
+        while self.slots.rows < len(places):
+            self._resize(min(self._cap, 2 * self.slots.rows))
+        begun = [one for one, _ in going]
+        self.slots.put(slots, begun[0].cache, [one.row for one in begun], [one.columns for one in begun])
+        for slot, (_, row) in zip(slots, going, strict=True):
+            places[slot] = row
+        self._ids[slots] = self._tokens(row for _, row in going)
+        self._places = places
 
     def step(self) -> list[Row]:
         """One more token for every row; those that it finishes leave and are returned."""
         assert self.slots is not None
-        number = len(self.rows)
-        with self.profile.phase("decode", number):
-            self._ids[:number] = torch.tensor([row.tokens[-1] for row in self.rows])
-            logits = self._step(_bucket(number, self.slots.rows) if self.static else number)[:number]
-            self.slots.at[:number] += 1
-            self._choose(self.rows, logits)
-            ended = [self._ended(row) for row in self.rows]
-        done = []
-        for slot in reversed(range(number)):
-            if ended[slot]:
-                done.append(self.rows[slot])
-                last = len(self.rows) - 1
-                if slot != last:
-                    self.slots.move(last, slot)
-                    self.rows[slot] = self.rows[last]
-                self.rows.pop()
+        taken = [slot for slot, row in enumerate(self._places) if row is not None]
+        rows = self.rows
+        with self.profile.phase("decode", len(rows)):
+            logits, best = self._step(self._size(len(self._places)))
+            if self._choose(rows, taken, logits, best):
+                self._ids[taken] = self._tokens(rows)
+            done = []
+            for slot, row in zip(taken, rows, strict=True):
+                if self._ended(row):
+                    self._places[slot] = None
+                    done.append(row)
+        if done:
+            self._close_gaps()
         return done
+
+    def _close_gaps(self) -> None:
+        """Where the rows that are left fit a smaller pass, they stand side by side again."""
+        assert self.slots is not None
+        while self._places and self._places[-1] is None:
+            self._places.pop()
+        taken = [slot for slot, row in enumerate(self._places) if row is not None]
+        number = len(taken)
+        if number == len(self._places) or self._size(number) == self._size(len(self._places)):
+            return
+        sources = [slot for slot in taken if slot >= number]
+        empty = [slot for slot in range(number) if self._places[slot] is None]
+        self.slots.move(sources, empty)
+        self._ids[empty] = self._ids[sources]
+        for source, slot in zip(sources, empty, strict=True):
+            self._places[slot] = self._places[source]
+        del self._places[number:]
 
     def rest(self) -> None:
         """Nothing is left to do, or the work was broken off. On a CUDA GPU slots stay, with the graphs over them."""
         if self.forward.device.type == "cuda":
-            self.rows = []
+            self._places = []
         else:
             self.clear()
 
     def clear(self) -> None:
         """Give all memory back."""
-        self.rows, self.slots, self._step = [], None, self._pass
+        self._places, self.slots, self._step = [], None, self._pass
 
     def evict(self) -> list[Job]:
         """Give all memory back; what was not finished is to be done again."""
@@ -210,7 +218,9 @@ class Decoder:
     def _resize(self, rows: int) -> None:
         assert self.slots is not None
         self.slots.grow(rows)
-        self._ids = torch.zeros(rows, dtype=torch.long, device=self.forward.device)
+        ids = torch.zeros(rows, dtype=torch.long, device=self.forward.device)
+        ids[: len(self._ids)] = self._ids
+        self._ids = ids
 
     def _memory(self) -> int:
         """Bytes that slots may take: half of what a GPU has left."""
@@ -220,8 +230,14 @@ class Decoder:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused) // 2
 
-    def _pass(self, used: int) -> Tensor:
-        """Logits [used, vocabulary] of the first ``used`` slots; reads and writes the same memory each time."""
+    def _size(self, rows: int) -> int:
+        """Rows of a pass that has this many to run."""
+        assert self.slots is not None
+        return _bucket(rows, self.slots.rows) if self.static else rows
+
+    def _pass(self, used: int) -> tuple[Tensor, Tensor]:
+        """(logits [used, vocabulary], what `_best` makes of them) of the first ``used`` slots, whose next token is
+        then the likeliest. Reads and writes the same memory each time, and leaves nothing for the host to do."""
         slots = self.slots
         assert slots is not None
         width = slots.columns
@@ -229,34 +245,58 @@ class Decoder:
             width = max(len(row.job.prompt) + len(row.tokens) for row in self.rows)
         slots.use(used, width)
         ids, at = self._ids[:used, None], slots.at[:used, None]
-        return self.forward(ids, None, mask=slots.mask(), positions=at, cache=slots.cache)
+        logits = self.forward(ids, None, mask=slots.mask(), positions=at, cache=slots.cache)
+        slots.advance()
+        best = _best(logits)
+        self._ids[:used] = best[0]
+        return logits, best
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
-        if any(row.sampler.temperature for row in rows):
-            logits = torch.stack([row.sampler(one) for row, one in zip(rows, logits, strict=True)])
-        best, tokens = logits.max(-1)
-        near = logits >= (best - TIE * best.abs().clamp(min=1))[:, None]
-        self.profile.ties += int((near.sum(-1) > 1).sum())
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            row.tokens.append(token)
+    def _choose(self, rows: Sequence[Row], at: Sequence[int], logits: Tensor, best: Tensor) -> bool:
+        """Give each row its next token, by the logits and `_best` in its place ``at``. Whether any is not the
+        likeliest, but drawn."""
+        tokens, near = best.tolist()
+        drawn = [r for r, row in enumerate(rows) if row.sampler.temperature]
+        for r in drawn:
+            place = at[r]
+            [[tokens[place]], [near[place]]] = _best(rows[r].sampler(logits[place])[None]).tolist()
+        for row, place in zip(rows, at, strict=True):
+            row.tokens.append(tokens[place])
+            self.profile.ties += near[place]
+        return bool(drawn)
+
+    def _tokens(self, rows: Iterable[Row]) -> Tensor:
+        return torch.tensor([row.tokens[-1] for row in rows], device=self._ids.device)
+
+    def _watch(self, stops: tuple[str, ...]) -> Watch:
+        return self._watches.setdefault(stops, Watch(self.tokenizer, stops))
 
     def _ended(self, row: Row) -> bool:
         """Whether the row's newest token ends it; its reply is then with its job."""
-        if row.tokens[-1] not in self.eos and not row.watch.ended(row.tokens):
+        tokens = row.tokens
+        if not (tokens[-1] in self.eos or len(tokens) >= row.generation.max_tokens or row.watch(tokens)):
             return False
-        row.job.said[row.generation] = cut_reply(self.tokenizer, row.tokens, row.generation, self.eos)
+        row.job.said[row.generation] = cut_reply(self.tokenizer, tokens, row.generation, self.eos)
         return True
+
+
+def _best(logits: Tensor) -> Tensor:
+    """[2, rows]: the likeliest token, and 1 where another is as near as rounding may move it."""
+    best, tokens = logits.max(-1)
+    near = logits >= (best - TIE * best.abs().clamp(min=1))[:, None]
+    return torch.stack([tokens, (near.sum(-1) > 1).long()])
 
 
 class GraphedStep:
     """A decode pass as CUDA graphs, one for each number of rows, captured before any row has its slot: the passes that
     warm up write states. Where a graph can't be captured the pass runs as it is written, and the log says so."""
 
-    def __init__(self, step: Callable[[int], Tensor], sizes: Sequence[int]) -> None:
+    def __init__(self, step: Callable[[int], tuple[Tensor, Tensor]], sizes: Sequence[int]) -> None:
         self.step = step
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
+        # Results are read before the next replay, so all graphs may use the same memory; the largest comes first.
+        self._pool = torch.cuda.graph_pool_handle()
         try:
-            for size in sizes:
+            for size in sorted(sizes, reverse=True):
                 self.graphs[size] = self._capture(size)
         except torch.OutOfMemoryError:
             raise
@@ -264,24 +304,23 @@ class GraphedStep:
             self.graphs.clear()
             logger.warning("decoding runs without CUDA graphs: %s", str(error).partition("\n")[0])
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
-            for _ in range(2):
-                self.step(size)
+            self.step(size)  # what is made once, such as kernels, can't be made during the capture
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.step(size)
-        return graph, logits
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = self.step(size)
+        return graph, result
 
-    def __call__(self, size: int) -> Tensor:
+    def __call__(self, size: int) -> tuple[Tensor, Tensor]:
         if size not in self.graphs:
             return self.step(size)
-        graph, logits = self.graphs[size]
+        graph, result = self.graphs[size]
         graph.replay()
-        return logits
+        return result
 
 
 def _bucket(rows: int, most: int) -> int:

@@ -57,7 +57,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._forward = Forward(model)
         self.device = self._forward.device
-        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 64)
+        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 256)
         if padding == "left" and not self._forward.takes_positions:
             raise ValueError(
                 f"{type(model).__name__} takes no position_ids, so it can't be padded on the left; use padding='right'"
@@ -157,11 +157,11 @@ class HFEngine:
 
     def _trial(self, layout: Literal["tree", "rows"]) -> str:
         """How far scores and replies in ``layout`` are from plain passes on a few tokens; empty: near enough."""
-        ids = tuple((37 * i + 11) % int(_text_of(self.model.config).vocab_size) for i in range(12))
+        ids = tuple((37 * i + 11) % int(_text_of(self.model.config).vocab_size) for i in range(20))
         replies = [Generation(max_tokens=n) for n in (3, 2)]
         jobs = [
-            Job(ids[:6], continuations=[ids[6:9], ids[9:11], ids[6:7]], generations=replies[:1]),
-            Job((*ids[:3], ids[7]), continuations=[ids[3:5]], generations=replies[1:]),
+            Job(ids[:14], continuations=[ids[14:17], ids[17:19], ids[14:15]], generations=replies[:1]),
+            Job((*ids[:3], ids[7]), continuations=[ids[3:5]], generations=replies[1:]),  # much shorter: mostly masked
         ]
         profile = Profile()
         decoder = Decoder(self._forward, self._tokenizer, frozenset(), profile, rows=2)

@@ -13,10 +13,10 @@ from transformers import (
 )
 
 from evalkit.encoding import Tokenizer
-from evalkit.engines.decode import Sampler, Watch
+from evalkit.engines.decode import Sampler
 from evalkit.engines.forward import Forward, logprobs
 from evalkit.engines.profile import Profile
-from evalkit.engines.replies import cut_reply
+from evalkit.engines.replies import Watch, cut_reply
 from evalkit.engines.work import Job
 from evalkit.records import Generation
 
@@ -146,10 +146,11 @@ class _Sample(LogitsProcessor):  # type: ignore[misc]
 class _Stops(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, tokenizer: Tokenizer, width: int, batch: Sequence[tuple[Job, Generation]]) -> None:
         self.width = width
-        self.watches = [Watch(tokenizer, generation) for _, generation in batch]
+        self.rows = [(generation.max_tokens, Watch(tokenizer, generation.stops)) for _, generation in batch]
         self.done = [False] * len(batch)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        for r, watch in enumerate(self.watches):
-            self.done[r] = self.done[r] or watch.ended(input_ids[r, self.width :].tolist())
+        for r, (most, watch) in enumerate(self.rows):
+            said = input_ids[r, self.width :].tolist()
+            self.done[r] = self.done[r] or len(said) >= most or watch(said)
         return torch.tensor(self.done, device=input_ids.device)

@@ -29,7 +29,7 @@ class Begun:
     """[vocabulary], after the prompt's last token."""
     cache: Any
     row: int
-    columns: Tensor
+    columns: Sequence[int]
     """Where the prompt's tokens lie in that row of the cache."""
 
 
@@ -93,7 +93,7 @@ class Prefill:
             logits = self.forward(
                 self._tensor([tree.tokens]),
                 ([0] * len(picks), list(picks)),
-                mask=self._ancestors(tree, shared),
+                mask=self._ancestors(tree.parents, shared),
                 positions=self._tensor([tree.depths]) + shared,
                 cache=cache,
             )
@@ -103,26 +103,37 @@ class Prefill:
         return [
             Begun(
                 job=job,
-                logits=logits[place[path[-1]]].clone(),
+                logits=logits[place[path[-1]]],
                 cache=cache,
                 row=0,
-                columns=self._tensor([[*range(shared), *(shared + node for node in path)]])[0],
+                columns=[*range(shared), *(shared + node for node in path)],
             )
             for job, path in zip(jobs, paths, strict=True)
             if job.generations
         ]
 
-    def _ancestors(self, tree: Tree, shared: int) -> Tensor:
-        """[1, 1, tokens, shared + tokens]: 0 where a token may look (what all share, its ancestors, itself)."""
-        size = len(tree.tokens)
-        seen = torch.eye(size, dtype=torch.bool).numpy()
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                seen[node] |= seen[parent]
+    def _ancestors(self, parents: Sequence[int], shared: int) -> Tensor:
+        """[1, 1, tokens, shared + tokens]: 0 where a token may look (what all share, its ancestors, itself).
+
+        A node is an ancestor of those that are entered after it and before it is left (depth first).
+        """
+        size = len(parents)
+        below = [1] * size
+        for node in range(size - 1, -1, -1):  # a parent stands before its children
+            if parents[node] >= 0:
+                below[parents[node]] += below[node]
+        entered, free = [0] * size, [0] * (size + 1)  # free[-1]: of the roots
+        for node, parent in enumerate(parents):
+            entered[node] = free[parent]
+            free[node] = free[parent] + 1
+            free[parent] += below[node]
+        at = self._tensor([entered])[0]
+        left = at + self._tensor([below])[0]
+        seen = (at <= at[:, None]) & (at[:, None] < left)
         dtype = self.forward.model.dtype
-        mask = torch.zeros(size, shared + size, dtype=dtype)
-        mask[:, shared:].masked_fill_(~torch.from_numpy(seen), torch.finfo(dtype).min)
-        return mask.to(self.forward.device)[None, None]
+        mask = torch.zeros(size, shared + size, dtype=dtype, device=at.device)
+        mask[:, shared:].masked_fill_(~seen, torch.finfo(dtype).min)
+        return mask[None, None]
 
     # --- rows ---
 
@@ -151,9 +162,8 @@ class Prefill:
         longer.sort(key=lambda one: -len(one[1]))
         for start in range(0, len(longer), len(jobs)):  # as many rows as memory had room for
             self._continue(jobs, longer[start : start + len(jobs)], cache, seen, first)
-        where = [torch.arange(len(job.prompt), device=ids.device) for job in jobs]
         return [
-            Begun(job=job, logits=ends[r].clone(), cache=cache, row=r, columns=where[r])
+            Begun(job=job, logits=ends[r], cache=cache, row=r, columns=range(len(job.prompt)))
             for r, job in enumerate(jobs)
             if job.generations
         ]

@@ -49,6 +49,39 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
     return min(found, default=None)
 
 
+class Watch:
+    """Tells, asked after each token of a reply, when a stop string stands in it.
+
+    Few tokens can be the end of one, and decoding takes time: each token is looked at once. What is missed so costs a
+    few tokens, no correctness, since `cut_reply` cuts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self.tokenizer = tokenizer
+        self.stops = stops
+        # A stop string of n characters lies within the last n + 8 tokens: every token but a byte piece has one.
+        self._tail = max(map(len, stops), default=0) + 8
+        self._ends = {stop[-1:] for stop in (*stops, CLOSE)}  # a stop string may stand in the tag itself
+        self._may_end: dict[int, bool] = {}
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        """``tokens``: all that was said."""
+        if not self.stops or not self._may(tokens[-1]):
+            return False
+        shown = decode(self.tokenizer, tokens[-self._tail :], self.stops)
+        if not any(stop in shown for stop in self.stops):
+            return False
+        return first_stop(decode(self.tokenizer, tokens, self.stops), self.stops) is not None
+
+    def _may(self, token: int) -> bool:
+        """Not where a tokenizer drops the space that a token begins with, nor for a part of a character."""
+        if token not in self._may_end:
+            text = decode(self.tokenizer, [token], self.stops)
+            odd = not text or "\ufffd" in text or " " in self._ends
+            self._may_end[token] = odd or any(end in text for end in self._ends)
+        return self._may_end[token]
+
+
 def in_thought(text: str, generation: Generation) -> bool:
     """Whether ``text`` ends inside a thinking block that the model opened; no stop string counts there."""
     return text.lstrip().startswith(OPEN) and CLOSE not in text and CLOSE not in generation.stops

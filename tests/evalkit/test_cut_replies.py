@@ -1,12 +1,18 @@
 """A reply that the token limit cut is truncated, unless its answer was there whole."""
 
-import pytest
+from typing import Any
 
-from evalkit.engines.replies import first_stop
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evalkit.engines.replies import Watch, decode, first_stop
 from evalkit.records import Generated, Item
 from evalkit.registry import Task
 from evalkit.scoring import score_generation
 from evalkit.views import ask
+from tests.evalkit.test_encoding import metaspace
+from tests.tiny import tiny_tokenizer
 
 CAPITAL = Item(id="c", question="What is the capital of France?", choices=("Paris", "Rome", "Oslo"), gold=0)
 SUM = Item(id="s", question="What is 9 + 9?", choices=("18", "1", "19"), gold=0)
@@ -61,3 +67,18 @@ def test_only_what_a_cut_cannot_have_changed_counts(
 )
 def test_no_stop_string_counts_inside_a_thinking_block(text: str, stops: tuple[str, ...], at: int | None) -> None:
     assert first_stop(text, stops) == at
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), metaspace(bos=False)], ids=["bytes", "sentencepiece"])
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_stop_string_is_seen_at_the_token_that_completes_it(tokenizer: Any, data: st.DataObject) -> None:
+    begins = data.draw(st.sampled_from(["", "<think>", "<think>a</think>", "é is the\n"]))
+    more = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
+    tokens = [*tokenizer.encode(begins, add_special_tokens=False), *more] or [5]
+    texts = [decode(tokenizer, tokens[:n], ()) for n in range(1, len(tokens) + 1)]
+    inside = [texts[-1][at : at + n] for at in range(len(texts[-1])) for n in (1, 2, 3)]
+    stops = tuple(data.draw(st.lists(st.sampled_from(["\n", "é", " the", "is ", *inside]), min_size=1, max_size=2)))
+    ends = [n for n, text in enumerate(texts, 1) if first_stop(text, stops) is not None]
+    watch = Watch(tokenizer, stops)
+    assert [n for n in range(1, len(tokens) + 1) if watch(tokens[:n])][:1] == ends[:1]

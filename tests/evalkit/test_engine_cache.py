@@ -90,6 +90,7 @@ def test_any_requests_get_the_replies_of_the_naive_engine(
     requests = random_requests(seed)
     engine = HFEngine(models[name], TOKENIZER, batch_size=size, layout=layout)
     engine._limits.tokens = random.Random(seed).choice([8, 40, 512])
+    engine._decoder.static = bool(seed % 2)
     expected = replies(NaiveEngine(models[name], TOKENIZER), requests)
     assert_same_replies(requests, expected, replies(engine, requests))
     assert engine.profile.layout == layout

@@ -14,8 +14,8 @@ import evalkit as ek
 from evalkit.engines.pool import Pool
 from evalkit.engines.ray import RayWorker, connect, read_resources, room
 from tests.conftest import ROOT
-from tests.evalkit.test_workers import assert_same_records
 from tests.evalkit.workers import expected, open_together, opened, request
+from tests.oracles import assert_same_records
 
 
 @pytest.fixture(scope="module")

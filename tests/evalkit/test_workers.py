@@ -16,22 +16,9 @@ import evalkit as ek
 from evalkit.engines.local import LocalWorker, environments
 from evalkit.engines.pool import Pool
 from evalkit.opening import Spec, Spread, open_spread
-from evalkit.store import Run
 from tests.conftest import ROOT
 from tests.evalkit.workers import expected, forking, open_together, opened, request
-
-
-def assert_same_records(one: Run, two: Run) -> None:
-    """Identical but for log-probabilities, which differ in the last float32 digits with the batch."""
-    assert one.tasks == two.tasks
-    for task in one.tasks:
-        records, others = one.records(task), two.records(task)
-        assert records.keys() == others.keys()
-        for item, record in records.items():
-            for mine, its in zip(record.outcomes, others[item].outcomes, strict=True):
-                assert its.logprobs == pytest.approx(mine.logprobs, rel=1e-5)
-                for name in ("mode", "view", "outcome", "choice", "answer", "reply", "span", "finish", "num_tokens"):
-                    assert getattr(its, name) == getattr(mine, name), (item, name)
+from tests.oracles import assert_same_records
 
 
 @pytest.mark.slow
