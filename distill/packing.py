@@ -8,18 +8,17 @@ what is left, and its rest goes on in the next row as a document of its own; ans
 from bisect import bisect, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill.chat import CONTENT, END, Chat
+from distill.chat import CONTENT, END
 from distill.feeds import Feed, Flowing, Kept
-from distill.sources import Corpus, Held, open_source
+from distill.sources import Flow
 from distill.stage import MaskName, Source
-from distill.tokens import tokenise
+from distill.tokens import Library
 
 WAITING = 128
 """Documents to choose a row's end from; more fill it no better: chats of some 120 tokens fill 99.8 % of rows of 512."""
@@ -92,17 +91,14 @@ class Stream:
     def __init__(
         self,
         mixture: Sequence[Source],
-        tokenizer: Any,
+        library: Library,
         *,
         seq_len: int,
         rows: int,
         mask: MaskName,
         prompt_weight: float,
         seed: int,
-        data_dir: Path | None,
         window: int,
-        exclude: Sequence[str] = (),
-        cache: Path | None = None,
     ) -> None:
         if seq_len > window:
             raise ValueError(
@@ -114,15 +110,15 @@ class Stream:
         if seq_len < 2 or rows < 1:
             raise ValueError(f"a batch of {rows} rows of {seq_len} tokens: expected 1 row or more of 2 tokens or more")
         self.seq_len, self.rows = seq_len, rows
-        chat, held = Chat(tokenizer), Held(exclude)
+        chat, held, tokenizer = library.chat, library.held, library.tokenizer
         self._feeds: list[Feed] = []
         for index, source in enumerate(mixture):
-            opened = open_source(source, data_dir)
-            if isinstance(opened, Corpus):
-                documents = tokenise(opened, chat, held, cache)
-                self._feeds.append(Kept(documents, opened.label, opened.splits, seq_len, (seed, index)))
-            else:
+            opened = library.open(source)
+            if isinstance(opened, Flow):
                 self._feeds.append(Flowing(opened, chat, held, seq_len, (seed, index)))
+            else:
+                label, splits, documents = opened
+                self._feeds.append(Kept(documents, label, splits, seq_len, (seed, index)))
         self._weights = [source.weight for source in mixture]
         self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         targets = {"all": (1.0, 1.0, 1.0), "completion": (0.0, 1.0, 0.0), "completion-eos": (0.0, 1.0, 1.0)}

@@ -40,6 +40,7 @@ from distill.select import keep_layers_of, kl_restore, restore, selection_stage
 from distill.speed import compiled, eager
 from distill.stage import Recipe, Stage
 from distill.student import add_lora, lora_factors, make_student, plain_model, start_folder
+from distill.tokens import Library
 from distill.train import Hooks, Metrics, Position, Stop, Stopped, train
 from evalkit.store import write_json
 from models.builtin import cache_dir
@@ -63,7 +64,7 @@ class Run:
     student: Any
     processes: Processes
     device: torch.device
-    data_dir: Path | None
+    library: Library
     stop: Stop
     metrics: Metrics
     guardian: Guardian
@@ -107,6 +108,7 @@ def distill(
     state = open_run(recipe, out, resume, teacher.identity)
     check_stage(recipe, state, stage)
     guardian = Guardian(recipe.guard, teacher.tokenizer, data_dir)
+    library = Library(teacher.tokenizer, data_dir, exclude=guardian.questions, cache=cache_dir() / "tokens")
     processes.wait()  # until all have looked, before one writes
     lock = lock_run(out) if processes.first else None
     if processes.first:
@@ -122,7 +124,7 @@ def distill(
         select = keep_layers_of(recipe.student.keep) is not None and kept is None
         student = make_student(teacher, recipe, keep=() if select else kept, lora=not select, begin=state is None)
         run = Run(
-            *(recipe, out, teacher, student, processes, device, data_dir, stop or Stop(), metrics, guardian, say),
+            *(recipe, out, teacher, student, processes, device, library, stop or Stop(), metrics, guardian, say),
         )
         if state is not None:
             _load(run, state)
@@ -227,16 +229,13 @@ def _stream(run: Run, stage: Stage, seed: int) -> Stream:
     config = run.teacher.model.config
     return Stream(
         run.recipe.data[stage.data],
-        run.teacher.tokenizer,
+        run.library,
         seq_len=stage.seq_len,
         rows=stage.batch,
         mask=stage.mask,
         prompt_weight=stage.prompt_weight,
         seed=seed,
-        data_dir=run.data_dir,
         window=getattr(config, "max_position_embeddings", 2**31),
-        exclude=run.guardian.questions,
-        cache=cache_dir() / "tokens",
     )
 
 

@@ -15,7 +15,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from distill.chat import Chat, Marked, Unusable
-from distill.sources import Corpus, Example, Held, chunks
+from distill.sources import Corpus, Example, Flow, Held, chunks, open_source
+from distill.stage import Source
 from evalkit.store import atomic
 
 FORMAT = "evalkit.tokens/1"
@@ -36,6 +37,30 @@ class Documents:
     labels: tuple[str, ...]
     left_out: dict[str, int]
     """Reason -> examples."""
+
+
+class Library:
+    """The sources of a run, each read and tokenised once for all of its stages."""
+
+    def __init__(
+        self, tokenizer: Any, data_dir: Path | None = None, *, exclude: Sequence[str] = (), cache: Path | None = None
+    ) -> None:
+        """exclude: questions that no document may hold. cache: folder of what earlier runs tokenised."""
+        self.tokenizer = tokenizer
+        self.chat, self.held = Chat(tokenizer), Held(exclude)
+        self._data_dir, self._cache = data_dir, cache
+        self._read: dict[str, tuple[str, bool, Documents]] = {}
+
+    def open(self, source: Source) -> Flow | tuple[str, bool, Documents]:
+        """What is read on the way, from its beginning; or (label, whether its documents may be cut, documents)."""
+        name = source.model_dump_json(exclude={"weight"})
+        if name not in self._read:
+            opened = open_source(source, self._data_dir)
+            if isinstance(opened, Flow):  # it has one place at a time
+                return opened
+            documents = tokenise(opened, self.chat, self.held, self._cache)
+            self._read[name] = (opened.label, opened.splits, documents)
+        return self._read[name]
 
 
 def tokenise(corpus: Corpus, chat: Chat, held: Held, cache: Path | None) -> Documents:

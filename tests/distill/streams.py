@@ -11,6 +11,7 @@ import torch
 from distill.chat import CONTENT, END, Chat, Unusable
 from distill.packing import Batch, Stream
 from distill.stage import Source
+from distill.tokens import Library
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -47,8 +48,9 @@ def texts(file: Path, n: int, *, low: int = 1, high: int = 60, seed: int = 0) ->
 
 
 def stream(*mixture: Source, **options: Any) -> Stream:
-    given = {"seq_len": 64, "rows": 4, "mask": "completion-eos", "prompt_weight": 0.0, "seed": 0, "data_dir": None}
-    return Stream(mixture, TOKENIZER, **{**given, "window": 2048, **options})
+    given = {"seq_len": 64, "rows": 4, "mask": "completion-eos", "prompt_weight": 0.0, "seed": 0, "window": 2048}
+    reads = {name: options.pop(name) for name in ("exclude", "cache") if name in options}
+    return Stream(mixture, Library(TOKENIZER, **reads), **{**given, **options})
 
 
 def documents(batch: Batch) -> list[tuple[str, list[int], list[float]]]:

@@ -10,6 +10,7 @@ from distill.generate import generate_answers, read_prompts
 from distill.packing import Stream
 from distill.sources import Example
 from distill.stage import Source
+from distill.tokens import Library
 from models.load import Loaded
 from tests.tiny import chain_llama, tiny_llama, tiny_tokenizer
 
@@ -101,13 +102,12 @@ def test_unfinished_answers_are_marked_and_left_out_as_a_source(tmp_path: Path):
     assert {row["finish"] for row in lines(out)} == {"length"}
     made = Stream(
         [Source(chat=(str(out), str(other)))],
-        TOKENIZER,
+        Library(TOKENIZER),
         seq_len=256,
         rows=1,
         mask="completion-eos",
         prompt_weight=0.0,
         seed=0,
-        data_dir=None,
         window=2048,
     )
     assert made.left_out == {"with an answer cut off at its limit": 2}

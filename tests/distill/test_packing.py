@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from distill.feeds import CHAPTER
 from distill.packing import Batch, Stream, share
 from distill.stage import Source
+from distill.tokens import Library
 from tests.distill.streams import chats, check, documents, epochs_of, expected, same, stream, texts, write
 
 
@@ -246,13 +247,12 @@ def test_real_chats_and_texts_fill_rows(shared_data: Path, smollm2: str):
     tokenizer = AutoTokenizer.from_pretrained(smollm2_135m())
     made = Stream(
         mixture,
-        tokenizer,
+        Library(tokenizer, shared_data),
         seq_len=512,
         rows=32,
         mask="completion-eos",
         prompt_weight=0.0,
         seed=0,
-        data_dir=shared_data,
         window=8192,
     )
     batches = [made.next() for _ in range(10)]
