@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from evalkit.engines.cache import Slots
@@ -303,3 +304,33 @@ def test_fixed_shapes_change_no_reply(models: dict[str, Any], name: str, monkeyp
     assert_same_replies(requests, replies(NaiveEngine(models[name], TOKENIZER), requests), replies(engine, requests))
     assert {used for used, _ in shapes} <= {1, 2, 4, 6}
     assert len({width for _, width in shapes}) == len(pointers) <= 2
+
+
+class Uncapturable(TorchDispatchMode):
+    """Raises where the host would wait for a value, or give one: neither can be in a CUDA graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decode_pass_could_be_captured_in_a_cuda_graph(
+    models: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, passes = Decoder._pass, []
+
+    def watched(self: Decoder, used: int) -> Any:
+        passes.append(used)
+        if len(passes) == 1:  # what is made once is made by the pass that warms up
+            return real(self, used)
+        with Uncapturable():
+            return real(self, used)
+
+    engine = HFEngine(models[name], TOKENIZER, batch_size=4)
+    replies(engine, [Request(prompt=(5, 6), continuations=((7,),))])
+    engine._decoder.static = True
+    monkeypatch.setattr(Decoder, "_pass", watched)
+    replies(engine, [Request(prompt=(9, i), generation=Generation(max_tokens=6)) for i in range(4, 10)])
+    assert len(passes) > 2
