@@ -211,4 +211,5 @@ def open_loaded(loaded: Any, batch_size: int | None = None) -> Opened:
         versions=loaded.quantisation.versions if loaded.quantisation else {},
         checkpoint=loaded.checkpoint,
         profile=engine.profile.row,
+        close=engine.close,
     )

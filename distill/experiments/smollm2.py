@@ -2,8 +2,8 @@
 
     python -m distill.experiments.smollm2 --data-dir DATA --out OUT [--minutes 8] [--train-teacher]
 
-Each job trains one model (`evalkit distill`) and evaluates it (`evalkit run`, one run for each view), two evaluations
-at a time on a GPU beside the training there. The same command goes on where it was stopped;
+Each job trains one model (`evalkit distill`) and evaluates it (distill/experiments/score.py), two evaluations at a time
+on a GPU beside the training there. The same command goes on where it was stopped;
 `python -m distill.experiments.collect OUT` makes the tables. A duration is a run of its own with its own schedule; all
 begin with the same 5M tokens of alignment. The teacher is the built-in smollm2-135m-sft, or trained anew.
 """
@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.experiments.score import VIEWS, complete
 from distill.student import start_folder
 
 FULL = (
@@ -29,24 +30,8 @@ FULL = (
 CONTROL = ("student.mixer=softmax", "axes.architecture=fresh softmax attention")
 ALIGN_ONLY = ("stages.distill=null", "stages.instruct=null", "ship=null")
 NO_ALIGN = ("stages.align-qk=null", "stages.align-block=null")
-FREE = (
-    "arc_easy,arc_challenge,openbookqa,social_iqa,piqa,commonsense_qa,truthfulqa_mc1,boolq_closed,quick,arithmetic,"
-    "recall"
-)
-LISTED = "arc_easy,arc_challenge,openbookqa,commonsense_qa,piqa,social_iqa,hellaswag,winogrande,quick"
-VIEWS: dict[str, tuple[str, ...]] = {
-    "open": (FREE, "--view", "open", "--limit", "500"),
-    "text": (LISTED, "--view", "text", "--shots", "0", "--limit", "500"),
-    "copy": ("arc_easy,openbookqa,commonsense_qa,quick", "--view", "copy", "--shots", "0", "--limit", "300"),
-    "cot": ("word_problems,gsm8k", "--view", "cot", "--shots", "0", "--limit", "500"),
-    "other": ("copy,mmlu", "--limit", "500"),
-    "bigbench": ("BIGBENCH", "--view", "open"),
-}
-"""One `evalkit run` each: its tasks and what they share."""
-
-
 AT_ONCE = 2
-"""Evaluations on one GPU beside a training: more run out of its memory."""
+"""Models evaluated on one GPU beside a training."""
 RESERVE = 0.3
 """Minutes before the end at which a training is stopped, to save."""
 
@@ -111,6 +96,11 @@ class Runner:
     def say(self, line: str) -> None:
         print(f"{(time.monotonic() - self.begun) / 60:6.2f} min  {line}", flush=True)
 
+    def show(self, log: str) -> None:
+        """The end of a log: the machine may be gone before anyone can read the file."""
+        lines = (self.out / "logs" / f"{log}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(f"    {line}" for line in lines[-12:]), flush=True)
+
     def train(self, job: Job, gpu: int | None) -> bool:
         """Whether the job's model is there in the end. gpu: None, all of them by torchrun."""
         done, folder = self.out / "done" / job.name, self.out / job.name
@@ -130,9 +120,8 @@ class Runner:
         self.say(f"{job.name}: exit code {code} after {time.monotonic() - begun:.0f} s{'' if whole else ', not done'}")
         if whole:
             done.touch()
-        if code:  # the machine may be gone before anyone can read the file
-            lines = (self.out / "logs" / f"{job.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-            print("\n".join(f"    {line}" for line in lines[-12:]), flush=True)
+        if code:
+            self.show(job.name)
         return whole
 
     def _finished(self, job: Job) -> bool:
@@ -148,23 +137,15 @@ class Runner:
         model = str(start_folder(str(self.out / job.name))) if job.recipe else job.name
         if (self.out / job.name / "delta" / "delta.json").is_file():
             model = str(self.out / job.name / "delta")
-        for view in VIEWS:
-            self.pools[gpu % len(self.pools)].submit(self._score, job.name, model, view, gpu)
+        self.pools[gpu % len(self.pools)].submit(self._score, job.name, model, gpu)
 
-    def _score(self, name: str, model: str, view: str, gpu: int) -> None:
-        run = self.out / "scores" / Path(name).name / view
-        if (run / "run.json").is_file() and json.loads((run / "run.json").read_text(encoding="utf-8"))["complete"]:
+    def _score(self, name: str, model: str, gpu: int) -> None:
+        left, out = self.deadline - time.monotonic(), self.out / "scores" / Path(name).name
+        if left < 15 or all(complete(out, view) for view in VIEWS):
             return
-        left = self.deadline - time.monotonic()
-        if left < 15:
-            return
-        tasks, *options = VIEWS[view]
-        if tasks == "BIGBENCH":
-            tasks = ",".join(map(str, sorted((self.data / "bigbench").glob("*.jsonl.gz"))))
-        words = ["evalkit", "run", model, "--tasks", tasks, *options, "--out", str(run)]
-        words += ["--data-dir", str(self.data), "--batch-size", "128", "--json"]
-        words += ["--limit", "2"] if self.rehearse else []
-        label = f"score-{Path(name).name}-{view}"
+        label = f"score-{out.name}"
+        words = ["distill.experiments.score", model, "--out", str(out)]
+        words += ["--data-dir", str(self.data), *(["--limit", "2"] if self.rehearse else [])]
         process = self.start(words, label, gpu)
         try:
             code = process.wait(left)
@@ -172,6 +153,8 @@ class Runner:
             process.kill()  # what is scored so far is kept
             code = process.wait()
         self.say(f"{label}: exit code {code}")
+        if code:
+            self.show(label)
 
     def queue(self, queue: list[Job], gpu: int) -> None:
         """Train one after the other on one GPU; evaluations run beside."""

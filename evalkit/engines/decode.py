@@ -93,7 +93,7 @@ class Decoder:
         """Rows that the slots may grow to."""
         self._ids = torch.zeros(0, dtype=torch.long)
         """The newest token of each slot, which the next pass runs."""
-        self._step: Callable[[int], tuple[Tensor, Tensor]] = self._pass
+        self._graphs: Graphs | None = None
         self._watches: dict[tuple[str, ...], Watch] = {}
 
     @property
@@ -157,7 +157,8 @@ class Decoder:
         taken = [slot for slot, row in enumerate(self._places) if row is not None]
         rows = self.rows
         with self.profile.phase("decode", len(rows)):
-            logits, best = self._step(self._size(len(self._places)))
+            size = self._size(len(self._places))
+            logits, best = self._pass(size) if self._graphs is None else self._graphs.replay(size)
             if self._choose(rows, taken, logits, best):
                 self._ids[taken] = self._tokens(rows)
             done = []
@@ -195,7 +196,7 @@ class Decoder:
 
     def clear(self) -> None:
         """Give all memory back."""
-        self._places, self.slots, self._step = [], None, self._pass
+        self._places, self.slots, self._graphs = [], None, None
 
     def evict(self) -> list[Job]:
         """Give all memory back; what was not finished is to be done again."""
@@ -213,7 +214,7 @@ class Decoder:
         self.slots = Slots(one.cache, rows, columns, device)
         self._ids = torch.zeros(rows, dtype=torch.long, device=device)
         if device.type == "cuda":
-            self._step = GraphedStep(self._pass, sorted({_bucket(n, rows) for n in range(1, rows + 1)}))
+            self._graphs = captured(self._pass, sorted({_bucket(n, rows) for n in range(1, rows + 1)}))
 
     def _resize(self, rows: int) -> None:
         assert self.slots is not None
@@ -286,41 +287,43 @@ def _best(logits: Tensor) -> Tensor:
     return torch.stack([tokens, (near.sum(-1) > 1).long()])
 
 
-class GraphedStep:
-    """A decode pass as CUDA graphs, one for each number of rows, captured before any row has its slot: the passes that
-    warm up write states. Where a graph can't be captured the pass runs as it is written, and the log says so."""
+class Graphs:
+    """A pass as CUDA graphs, one for each number of rows."""
 
     def __init__(self, step: Callable[[int], tuple[Tensor, Tensor]], sizes: Sequence[int]) -> None:
-        self.step = step
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         # Results are read before the next replay, so all graphs may use the same memory; the largest comes first.
         self._pool = torch.cuda.graph_pool_handle()
-        try:
-            for size in sorted(sizes, reverse=True):
-                self.graphs[size] = self._capture(size)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            self.graphs.clear()
-            logger.warning("decoding runs without CUDA graphs: %s", str(error).partition("\n")[0])
+        self._graphs = {size: self._capture(step, size) for size in sorted(sizes, reverse=True)}
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+    def _capture(
+        self, step: Callable[[int], tuple[Tensor, Tensor]], size: int
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
-            self.step(size)  # what is made once, such as kernels, can't be made during the capture
+            step(size)  # what is made once, such as kernels, can't be made during the capture
         torch.cuda.current_stream().wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            result = self.step(size)
+            result = step(size)
         return graph, result
 
-    def __call__(self, size: int) -> tuple[Tensor, Tensor]:
-        if size not in self.graphs:
-            return self.step(size)
-        graph, result = self.graphs[size]
+    def replay(self, size: int) -> tuple[Tensor, Tensor]:
+        graph, result = self._graphs[size]
         graph.replay()
         return result
+
+
+def captured(step: Callable[[int], tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Graphs | None:
+    """Before any row has its slot: the passes that warm up write states. None, with a word in the log: it can't be
+    captured, and runs as it is written."""
+    try:
+        return Graphs(step, sizes)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        logger.warning("decoding runs without CUDA graphs: %s", str(error).partition("\n")[0])
+        return None
 
 
 def _bucket(rows: int, most: int) -> int:

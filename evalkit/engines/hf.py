@@ -101,6 +101,12 @@ class HFEngine:
                         yield i, reply
         assert not waiting, "a request was left out"
 
+    def close(self) -> None:
+        """Give back what is kept between calls; the model's memory goes with the last that holds it."""
+        self._decoder.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
         """Of each row (tokens, n) the float32 logits [n, vocabulary] of the steps that predict its last n tokens, in
         one forward pass over the rows."""

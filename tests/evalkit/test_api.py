@@ -1,11 +1,15 @@
 """The notebook's words."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import evalkit as ek
+import models.load as models_load
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -138,3 +142,23 @@ def test_a_runs_own_file_must_be_named_for_another_model(tiny_folder: Path, othe
     with pytest.raises(ValueError, match=r"name its file: --tasks PATH/mine.jsonl"):
         ek.compare(teacher, other_folder)
     assert ek.compare(teacher, other_folder, [str(file)]).tasks == ("mine",)
+
+
+def test_a_model_is_let_go_when_its_run_ends(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two large models of one comparison must not be in memory together."""
+    models = []
+    real = models_load.load
+
+    def load(*args: Any, **options: Any) -> Any:
+        loaded = real(*args, **options)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(models_load, "load", load)
+    gc.collect()
+    gc.disable()
+    try:
+        ek.run(tiny_folder, ["quick"], limit=4, device="cpu")
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()

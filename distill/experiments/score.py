@@ -1,0 +1,54 @@
+"""One model in every view, a run each: `python -m distill.experiments.score MODEL --data-dir DATA --out OUT`.
+
+In one process, since starting one takes longer than most views. Runs that are complete are left alone, others go on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+CHOICES = ["arc_easy", "arc_challenge", "openbookqa", "commonsense_qa", "piqa", "social_iqa", "quick"]
+VIEWS: dict[str, dict[str, Any]] = {
+    "open": {
+        "tasks": [*CHOICES, "truthfulqa_mc1", "boolq_closed", "arithmetic", "recall"],
+        "view": "open",
+        "limit": 500,
+    },
+    "text": {"tasks": [*CHOICES, "hellaswag", "winogrande"], "view": "text", "shots": 0, "limit": 500},
+    "copy": {"tasks": ["arc_easy", "openbookqa", "commonsense_qa", "quick"], "view": "copy", "shots": 0, "limit": 300},
+    "cot": {"tasks": ["word_problems", "gsm8k"], "view": "cot", "shots": 0, "limit": 500},
+    "other": {"tasks": ["copy", "mmlu"], "limit": 500},
+    "bigbench": {"view": "open"},
+}
+"""What each run is asked; bigbench: every file of DATA/bigbench."""
+
+
+def complete(out: Path, view: str) -> bool:
+    file = out / view / "run.json"
+    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
+
+
+def main() -> None:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=None, help="items a task, instead of each view's own")
+    chosen = parser.parse_args()
+
+    import evalkit
+
+    for view, asked in VIEWS.items():
+        if complete(chosen.out, view):
+            continue
+        options = {**asked, **({"limit": chosen.limit} if chosen.limit else {})}
+        tasks = options.pop("tasks", None) or [str(one) for one in sorted((chosen.data_dir / "bigbench").glob("*.gz"))]
+        run = evalkit.run(chosen.model, tasks, data_dir=chosen.data_dir, out=chosen.out / view, **options)
+        profile = run.manifest.sessions[-1].get("profile", {})
+        print(view, json.dumps({name: profile.get(name) for name in ("layout", "why", "phases")}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
