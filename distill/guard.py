@@ -43,14 +43,17 @@ class Guardian:
         engine = HFEngine(model, self._tokenizer)
         encoder = Encoder(self._tokenizer, chat=False, system="", thinking=False)
         found = {}
-        for task, items in self._items:
-            plans = [plan(task, item, (), encoder, self._settings, engine.max_length) for item in items]
-            said = [record.outcomes[0] for record in evaluate(task, plans, engine, self._settings)]
-            found[task.name] = {
-                "accuracy": sum(one.outcome == "correct" for one in said) / len(said),
-                "unparsed": sum(one.outcome == "unparsed" for one in said) / len(said),
-                "items": float(len(said)),
-            }
+        try:
+            for task, items in self._items:
+                plans = [plan(task, item, (), encoder, self._settings, engine.max_length) for item in items]
+                said = [record.outcomes[0] for record in evaluate(task, plans, engine, self._settings)]
+                found[task.name] = {
+                    "accuracy": sum(one.outcome == "correct" for one in said) / len(said),
+                    "unparsed": sum(one.outcome == "unparsed" for one in said) / len(said),
+                    "items": float(len(said)),
+                }
+        finally:
+            engine.close()  # the training goes on in the same memory
         return found
 
 

@@ -1,4 +1,4 @@
-"""Sources as flat arrays of tokens: tokenised once, kept in memory, and in a file for the next stage or run."""
+"""Sources as flat arrays of tokens: tokenised once, kept in memory for the run, and in a file for the next."""
 
 import hashlib
 import json

@@ -63,7 +63,9 @@ DataDir = Annotated[
 IncludePath = Annotated[
     Path | None, typer.Option("--include-path", help="Folder with lm-eval YAML files of your own.", show_default="none")
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Rows a batch.", show_default="16 on the CPU, 256 on a GPU")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Rows a batch.", show_default="16 on the CPU, 256 on a CUDA GPU")
+]
 DType = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Let a hub model run its own code.")]

@@ -5,6 +5,7 @@ In one process, since starting one takes longer than most views. Runs that are c
 
 import argparse
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,23 @@ def main() -> None:
 
     import evalkit
 
+    failed = []
     for view, asked in VIEWS.items():
         if complete(chosen.out, view):
             continue
         options = {**asked, **({"limit": chosen.limit} if chosen.limit else {})}
         tasks = options.pop("tasks", None) or [str(one) for one in sorted((chosen.data_dir / "bigbench").glob("*.gz"))]
-        run = evalkit.run(chosen.model, tasks, data_dir=chosen.data_dir, out=chosen.out / view, **options)
+        try:
+            run = evalkit.run(chosen.model, tasks, data_dir=chosen.data_dir, out=chosen.out / view, **options)
+        except Exception:  # the other views are told apart from it
+            failed.append(view)
+            print(view, traceback.format_exc(), flush=True)
+            continue
         profile = run.manifest.sessions[-1].get("profile", {})
-        print(view, json.dumps({name: profile.get(name) for name in ("layout", "why", "phases")}), flush=True)
+        shown = ("layout", "why", "cuda_graphs", "phases")
+        print(view, json.dumps({name: profile.get(name) for name in shown}), flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ convolution states [rows, ...].
 """
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ class Slots:
         self.index = torch.arange(rows, device=device)
         self.at = torch.zeros(rows, dtype=torch.long, device=device)
         """The column of each row's next token, and so the tokens that it holds."""
+        self.live = torch.zeros(rows, dtype=torch.long, device=device)
+        """1 where a row goes on; 0 where a pass runs what nobody reads."""
         self.cache = copy.copy(like)
         self.cache.layers = [
             _RecurrentSlots(layer, rows) if isinstance(layer, LinearAttentionLayer) else _AttentionSlots(layer, self)
@@ -104,14 +107,18 @@ class Slots:
         return (columns <= self.at[: self.used, None]).long()
 
     def advance(self) -> None:
-        """Each row in use holds a token more; those that nobody reads any more stay at the last column."""
-        self.at[: self.used] = (self.at[: self.used] + 1).clamp(max=self.columns - 1)
+        """Each row in use holds a token more; what nobody reads stays where it is, within columns and window."""
+        self.at[: self.used] += self.live[: self.used]
+
+    def leave(self, slots: Sequence[int]) -> None:
+        """What is in ``slots`` has ended."""
+        self.live[torch.tensor(list(slots), device=self.live.device)] = 0
 
     def grow(self, rows: int) -> None:
         """Make room for ``rows`` rows; those in use stay what they are."""
         self.rows = rows
         self.index = torch.arange(rows, device=self.index.device)
-        self.at = _more(self.at, rows)
+        self.at, self.live = _more(self.at, rows), _more(self.live, rows)
         for layer in self.cache.layers:
             layer.grow(rows)
 
@@ -126,6 +133,7 @@ class Slots:
         for mine, theirs in zip(self.cache.layers, cache.layers, strict=True):
             mine.put(where, theirs, from_, at)
         self.at[where] = torch.tensor([len(one) for one in columns], device=device)
+        self.live[where] = 1
 
     def move(self, sources: Sequence[int], slots: Sequence[int]) -> None:
         """What is in each of ``sources`` to the one of ``slots`` beside it."""
@@ -134,6 +142,8 @@ class Slots:
             for tensor in layer.tensors():
                 tensor[to.to(tensor.device)] = tensor[from_.to(tensor.device)]
         self.at[to] = self.at[from_]
+        self.live[from_] = 0
+        self.live[to] = 1
 
 
 class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
@@ -141,7 +151,9 @@ class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, like: DynamicLayer, slots: Slots) -> None:
         super().__init__()
-        self.slots = slots
+        self.slots: Slots = weakref.proxy(
+            slots
+        )  # they hold this layer: the memory of both goes with the last who needs it
         shape = (slots.rows, like.keys.shape[1], slots.columns)
         # Zeros: attention gives columns that nobody filled no weight, but 0 * NaN would be NaN.
         self.keys = like.keys.new_zeros(*shape, like.keys.shape[3])

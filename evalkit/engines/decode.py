@@ -6,7 +6,8 @@ in use.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,8 +90,12 @@ class Decoder:
         self.slots: Slots | None = None
         self._places: list[Row | None] = []
         """By slot, up to the last that is in use. What ends leaves its place empty until another takes it."""
+        self.coming = 0
+        """Replies that are still to begin, at most: fewer slots than ``limit`` may do."""
         self._cap = rows
         """Rows that the slots may grow to."""
+        self._asked = 0
+        """Rows that they were made for, had there been memory."""
         self._ids = torch.zeros(0, dtype=torch.long)
         """The newest token of each slot, which the next pass runs."""
         self._graphs: Graphs | None = None
@@ -113,7 +118,13 @@ class Decoder:
         return self.most if self._fits(need) else self.limit
 
     def _fits(self, need: int) -> bool:
-        return self.slots is not None and self.slots.columns <= 2 * _rounded(need) and need <= self.slots.columns
+        if self.slots is None or (not self.rows and self._wanted > self._asked):
+            return False
+        return need <= self.slots.columns <= 2 * _rounded(need)
+
+    @property
+    def _wanted(self) -> int:
+        return _bucket(max(1, min(self.limit, self.coming)), self.limit) if self.static else self.limit
 
     def enter(self, begun: Sequence[Begun]) -> list[Row]:
         """Choose the first token of each reply of one prefill pass; rows that go on take slots, the others are
@@ -131,7 +142,8 @@ class Decoder:
         ended = [self._ended(row) for row in rows]
         going = [(one, row) for one, row, over in zip(from_, rows, ended, strict=True) if not over]
         if going:
-            if not self.rows and not self._fits(need := max(one.job.need for one in begun)):
+            need = max(one.job.need for one in begun)
+            if not self.rows and (not self._fits(need) or len(going) > self.most):
                 self._make_slots(going[0][0], need, len(going))
             self._seat(going)
         return [row for row, over in zip(rows, ended, strict=True) if over]
@@ -142,6 +154,7 @@ class Decoder:
         empty = [slot for slot, row in enumerate(places) if row is None][: len(going)]
         slots = [*empty, *range(len(places), len(places) + len(going) - len(empty))]
         places += [None] * (len(going) - len(empty))
+        assert len(places) <= self._cap, "more rows than slots were made for"
         while self.slots.rows < len(places):
             self._resize(min(self._cap, 2 * self.slots.rows))
         begun = [one for one, _ in going]
@@ -154,6 +167,7 @@ class Decoder:
     def step(self) -> list[Row]:
         """One more token for every row; those that it finishes leave and are returned."""
         assert self.slots is not None
+        self._close_gaps()  # before anything is chosen: where it finds no memory, nothing is lost
         taken = [slot for slot, row in enumerate(self._places) if row is not None]
         rows = self.rows
         with self.profile.phase("decode", len(rows)):
@@ -161,14 +175,13 @@ class Decoder:
             logits, best = self._pass(size) if self._graphs is None else self._graphs.replay(size)
             if self._choose(rows, taken, logits, best):
                 self._ids[taken] = self._tokens(rows)
-            done = []
-            for slot, row in zip(taken, rows, strict=True):
-                if self._ended(row):
-                    self._places[slot] = None
-                    done.append(row)
-        if done:
-            self._close_gaps()
-        return done
+            ended = [slot for slot, row in zip(taken, rows, strict=True) if self._ended(row)]
+            if ended:
+                self.slots.leave(ended)
+        for slot in ended:
+            self._places[slot] = None
+        over = set(ended)
+        return [row for slot, row in zip(taken, rows, strict=True) if slot in over]
 
     def _close_gaps(self) -> None:
         """Where the rows that are left fit a smaller pass, they stand side by side again."""
@@ -208,13 +221,20 @@ class Decoder:
         self.clear()
         longest = max((other for other in self.needs if _rounded(other) <= 2 * need), default=need)
         device, columns = self.forward.device, _rounded(max(need, longest))
-        self._cap = max(entering, min(self.limit, self._memory() // max(1, row_bytes(one.cache, columns))))
+        self._asked = max(entering, self._wanted)
+        self._cap = max(entering, min(self._asked, self._memory() // max(1, row_bytes(one.cache, columns))))
         # Most replies may end at their first token and need no slot; but fixed shapes don't grow.
         rows = self._cap if self.static else min(self._cap, max(entering, FEW))
-        self.slots = Slots(one.cache, rows, columns, device)
-        self._ids = torch.zeros(rows, dtype=torch.long, device=device)
-        if device.type == "cuda":
-            self._graphs = captured(self._pass, sorted({_bucket(n, rows) for n in range(1, rows + 1)}))
+        try:
+            self.slots = Slots(one.cache, rows, columns, device)
+            self._ids = torch.zeros(rows, dtype=torch.long, device=device)
+            if device.type == "cuda":
+                sizes = {_bucket(n, rows) for n in range(1, rows + 1)}
+                self._graphs = captured(self._pass, sizes, {one.device for one in self.forward.model.parameters()})
+        except torch.OutOfMemoryError:
+            self.clear()
+            raise
+        self.profile.graphs = self._graphs is not None
 
     def _resize(self, rows: int) -> None:
         assert self.slots is not None
@@ -290,40 +310,64 @@ def _best(logits: Tensor) -> Tensor:
 class Graphs:
     """A pass as CUDA graphs, one for each number of rows."""
 
-    def __init__(self, step: Callable[[int], tuple[Tensor, Tensor]], sizes: Sequence[int]) -> None:
-        # Results are read before the next replay, so all graphs may use the same memory; the largest comes first.
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs = {size: self._capture(step, size) for size in sorted(sizes, reverse=True)}
+    def __init__(
+        self, step: Callable[[int], tuple[Tensor, Tensor]], sizes: Collection[int], device: torch.device
+    ) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            # Results are read before the next replay, so all graphs may use the same memory; the largest comes first.
+            self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # a capture that fails would leave its own stream the current one
+                _refuse_waits(step, max(sizes))
+                self._graphs = {size: self._capture(step, size, stream) for size in sorted(sizes, reverse=True)}
+            torch.cuda.current_stream().wait_stream(stream)
 
     def _capture(
-        self, step: Callable[[int], tuple[Tensor, Tensor]], size: int
+        self, step: Callable[[int], tuple[Tensor, Tensor]], size: int, stream: torch.cuda.Stream
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            step(size)  # what is made once, such as kernels, can't be made during the capture
-        torch.cuda.current_stream().wait_stream(beside)
+        step(size)  # what is made once, such as kernels, can't be made during the capture
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             result = step(size)
         return graph, result
 
     def replay(self, size: int) -> tuple[Tensor, Tensor]:
         graph, result = self._graphs[size]
-        graph.replay()
+        with torch.cuda.device(self._device):
+            graph.replay()
         return result
 
 
-def captured(step: Callable[[int], tuple[Tensor, Tensor]], sizes: Sequence[int]) -> Graphs | None:
+def captured(
+    step: Callable[[int], tuple[Tensor, Tensor]], sizes: Collection[int], devices: Collection[torch.device]
+) -> Graphs | None:
     """Before any row has its slot: the passes that warm up write states. None, with a word in the log: it can't be
     captured, and runs as it is written."""
+    if len(devices) > 1:
+        logger.info("decoding runs without CUDA graphs: the model is spread over %d devices", len(devices))
+        return None
     try:
-        return Graphs(step, sizes)
+        return Graphs(step, sizes, next(iter(devices)))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         logger.warning("decoding runs without CUDA graphs: %s", str(error).partition("\n")[0])
         return None
+
+
+def _refuse_waits(step: Callable[[int], tuple[Tensor, Tensor]], size: int) -> None:
+    """RuntimeError where the host waits for the GPU: found during a capture, it would spoil PyTorch's allocator."""
+    step(size)
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode does not see everything
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(size)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def _bucket(rows: int, most: int) -> int:

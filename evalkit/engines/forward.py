@@ -5,7 +5,7 @@ The output head runs in float32: a bfloat16 head rounds logits so coarsely that 
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Forward:
             del head.forward
 
 
-def logprobs(logits: Tensor, wanted: Sequence[Iterable[int]]) -> list[dict[int, float]]:
+def logprobs(logits: Tensor, wanted: Sequence[Collection[int]]) -> list[dict[int, float]]:
     """For each row of ``logits`` [n, vocabulary] the log-probability of each token ``wanted`` of it (nats)."""
     out: list[dict[int, float]] = []
     # A full-vocabulary copy of all rows would double the memory; on a GPU few rows would be nothing but launches.

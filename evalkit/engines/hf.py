@@ -29,6 +29,8 @@ logger = logging.getLogger("evalkit")
 
 Layout = Literal["tree", "rows", "plain"]
 
+ROWS = {"cpu": 16, "cuda": 256}
+"""Rows of a batch, unless the user says so."""
 PASS_TOKENS = {"cpu": 256, "cuda": 4096}
 """Tokens of a prefill pass: more keep no unit busier (512 on a CPU are no faster and take twice the memory), and a
 tree's mask grows with their square."""
@@ -57,7 +59,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._forward = Forward(model)
         self.device = self._forward.device
-        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 256)
+        self.batch_size = batch_size or ROWS.get(self.device.type, 64)
         if padding == "left" and not self._forward.takes_positions:
             raise ValueError(
                 f"{type(model).__name__} takes no position_ids, so it can't be padded on the left; use padding='right'"
@@ -110,6 +112,7 @@ class HFEngine:
     def logits(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> list[torch.Tensor]:
         """Of each row (tokens, n) the float32 logits [n, vocabulary] of the steps that predict its last n tokens, in
         one forward pass over the rows."""
+        self._decoder.clear()  # nothing is being generated
         with self._at_work(), torch.inference_mode():
             try:
                 return self._plain.logits(batch)
@@ -164,7 +167,7 @@ class HFEngine:
     def _trial(self, layout: Literal["tree", "rows"]) -> str:
         """How far scores and replies in ``layout`` are from plain passes on a few tokens; empty: near enough."""
         ids = tuple((37 * i + 11) % int(_text_of(self.model.config).vocab_size) for i in range(20))
-        replies = [Generation(max_tokens=n) for n in (3, 2)]
+        replies = [Generation(max_tokens=n) for n in (2, 3)]  # the first ends first: the other takes its place
         jobs = [
             Job(ids[:14], continuations=[ids[14:17], ids[17:19], ids[14:15]], generations=replies[:1]),
             Job((*ids[:3], ids[7]), continuations=[ids[3:5]], generations=replies[1:]),  # much shorter: mostly masked
@@ -205,11 +208,13 @@ class HFEngine:
             branches=prefill is not None and prefill.layout == "tree",
         )
         decoder.needs = [job.need for job in jobs if job.generations]
+        decoder.coming = sum(len(job.generations) for job in jobs)
         try:
             while queue or decoder.rows:
                 prefix: Tokens = ()
                 batch: list[Job] = []
                 failed: torch.OutOfMemoryError | None = None
+                idle = decoder.slots is not None and not decoder.rows
                 try:
                     with torch.inference_mode():
                         if queue and self._may_enter(queue.next):
@@ -219,8 +224,15 @@ class HFEngine:
                             done = [row.job for row in decoder.step()]
                 except torch.OutOfMemoryError as error:
                     failed = error
-                if failed is not None:  # outside of the handler, whose traceback holds what the pass had allocated
-                    self._halve(queue, batch, prefix, failed.with_traceback(None))
+                if failed is not None:  # outside of the handler; the traceback holds what the pass had allocated
+                    failed = failed.with_traceback(None)
+                    if idle:  # slots that are kept for replies to come: what is at hand goes first
+                        decoder.clear()
+                        queue.put_back(batch, prefix)
+                    else:
+                        self._halve(queue, batch, prefix, failed)
+                    if self.device.type == "cuda":
+                        torch.cuda.empty_cache()
                     continue
                 yield from done
         finally:
@@ -270,8 +282,6 @@ class HFEngine:
                 f"out of memory on {self.device} with a single row; use fewer --shots, a smaller --max-tokens or "
                 "--dtype, or a larger device (what is scored so far is kept)"
             ) from error
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def window_of(config: Any) -> int:

@@ -146,11 +146,11 @@ class _Sample(LogitsProcessor):  # type: ignore[misc]
 class _Stops(StoppingCriteria):  # type: ignore[misc]
     def __init__(self, tokenizer: Tokenizer, width: int, batch: Sequence[tuple[Job, Generation]]) -> None:
         self.width = width
-        self.rows = [(generation.max_tokens, Watch(tokenizer, generation.stops)) for _, generation in batch]
+        watches = {generation.stops: Watch(tokenizer, generation.stops) for _, generation in batch}
+        self.rows = [(generation.max_tokens, watches[generation.stops]) for _, generation in batch]
         self.done = [False] * len(batch)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        for r, (most, watch) in enumerate(self.rows):
-            said = input_ids[r, self.width :].tolist()
+        for r, (said, (most, watch)) in enumerate(zip(input_ids[:, self.width :].tolist(), self.rows, strict=True)):
             self.done[r] = self.done[r] or len(said) >= most or watch(said)
         return torch.tensor(self.done, device=input_ids.device)

@@ -29,6 +29,8 @@ class Profile:
     """Different prompts among the requests of one call."""
     halvings: int = 0
     """Batches halved because memory ran out."""
+    graphs: bool = False
+    """Decoding ran from CUDA graphs."""
     ties: int = 0
     """Requests whose best two choices, and tokens of replies whose best two, are nearer than rounding may move them."""
 
@@ -64,5 +66,6 @@ class Profile:
             "passes": dict(self.passes),
             "largest_batch": dict(self.largest),
             "out_of_memory_halvings": self.halvings,
+            "cuda_graphs": self.graphs,
             "ties": self.ties,
         }

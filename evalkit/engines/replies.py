@@ -52,8 +52,8 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 class Watch:
     """Tells, asked after each token of a reply, when a stop string stands in it.
 
-    Few tokens can be the end of one, and decoding takes time: each token is looked at once. What is missed so costs a
-    few tokens, no correctness, since `cut_reply` cuts.
+    Few tokens can be the end of one, and decoding takes time: each token is looked at once. What is missed so costs
+    tokens, no correctness, since `cut_reply` cuts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:

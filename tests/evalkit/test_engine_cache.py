@@ -1,7 +1,9 @@
 """Caches, trees and the decode loop against an engine that runs every text by itself, on four kinds of model."""
 
 import functools
+import gc
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -275,6 +277,56 @@ def test_a_halved_batch_still_begins_with_its_header() -> None:
     replies(engine, requests)
     assert engine.profile.halvings > 0
     assert engine.profile.tokens.total() < 3 * 300 + 2 * 16 * 40 + 340, "each prompt by itself would be 16 times 340"
+
+
+@pytest.mark.parametrize("place", ["put", "move"])
+def test_slots_that_find_no_memory_lose_no_reply(
+    models: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = getattr(Slots, place), []
+
+    def fails(self: Slots, *args: Any) -> None:
+        asked.append(place)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        real(self, *args)
+
+    limits = [2 + 5 * i % 9 for i in range(40)]  # short ones stand between long ones
+    requests = [
+        Request(prompt=(*[9] * (12 - n), i), generation=Generation(max_tokens=n)) for i, n in enumerate(limits, 4)
+    ]
+    engine = HFEngine(models["llama"], TOKENIZER, batch_size=6)
+    replies(engine, requests[:1])
+    monkeypatch.setattr(Slots, place, fails)
+    found = replies(engine, requests)
+    assert_same_replies(requests, replies(NaiveEngine(models["llama"], TOKENIZER), requests), found)
+    assert len(asked) >= 2 and engine.profile.halvings == 1
+
+
+def test_slots_that_wait_for_replies_make_room_for_scores(models: dict[str, Any]) -> None:
+    """As on a GPU, where they stay after a call."""
+    model = Small(models["llama"].config).eval()
+    model.load_state_dict(models["llama"].state_dict())
+    engine = HFEngine(model, TOKENIZER, batch_size=4)
+    engine._decoder.rest = lambda: None  # type: ignore[method-assign]
+    replies(engine, [Request(prompt=(5, 6), generation=Generation(max_tokens=4))])
+    slots = weakref.ref(engine._decoder.slots)
+    assert slots() is not None
+    real = model.forward
+
+    def forward(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if slots() is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(input_ids, **kwargs)
+
+    model.forward = forward
+    requests = [Request(prompt=(9, i), continuations=((7, 8), (5,))) for i in range(4, 12)]
+    gc.disable()  # nothing but references keeps them
+    try:
+        replies(engine, requests)
+    finally:
+        gc.enable()
+    assert engine.profile.halvings == 0
 
 
 # --- the decode loop's fixed shapes ---
