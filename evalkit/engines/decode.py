@@ -329,7 +329,8 @@ class Graphs:
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
         step(size)  # what is made once, such as kernels, can't be made during the capture
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # Other threads may go on, such as one that loads data.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = step(size)
         return graph, result
 
