@@ -1,5 +1,8 @@
 """Workers as actors of a real Ray cluster: two nodes on this machine."""
 
+import contextlib
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +17,7 @@ import evalkit as ek
 from evalkit.engines.pool import Pool
 from evalkit.engines.ray import RayWorker, connect, read_resources, room
 from tests.conftest import ROOT
-from tests.evalkit.workers import expected, open_together, opened, request
+from tests.evalkit.workers import expected, kill_amid, open_together, opened, request
 from tests.oracles import assert_same_records
 
 
@@ -116,14 +119,20 @@ def test_a_node_killed_in_the_middle_of_a_run_loses_nothing(
 ) -> None:
     killed: list[Any] = []
 
-    def kill_node(task: str, done: int, total: int) -> None:
-        if done and not killed:
-            killed.append(cluster.second)
-            cluster.remove_node(cluster.second, allow_graceful=False)
+    def kill_node(worker: RayWorker) -> None:
+        killed.append(cluster.second)
+        raylet = cluster.second.all_processes["raylet"][0].process.pid
+        its = [pid for file in Path(f"/proc/{raylet}/task").glob("*/children") for pid in file.read_text().split()]
+        assert its
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        for pid in its:  # they would answer for a while without their node
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     open_together(RayWorker, monkeypatch)
+    kill_amid(RayWorker, kill_node, monkeypatch)
     how: dict[str, Any] = {"tasks": ["quick"], "limit": 100, "device": "cpu", "batch_size": 8}
-    run = ek.run(tiny_folder, **how, ray=cluster.address, out=tmp_path, progress=kill_node)
+    run = ek.run(tiny_folder, **how, ray=cluster.address, out=tmp_path)
     assert killed and "was lost: " in caplog.text and "another one takes its place" in caplog.text
     assert_same_records(ek.run(tiny_folder, **how), run)
     assert len((tmp_path / "outcomes.jsonl").read_text().splitlines()) == 100

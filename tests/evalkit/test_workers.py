@@ -17,7 +17,7 @@ from evalkit.engines.local import LocalWorker, environments
 from evalkit.engines.pool import Pool
 from evalkit.opening import Spec, Spread, open_spread
 from tests.conftest import ROOT
-from tests.evalkit.workers import expected, forking, open_together, opened, request
+from tests.evalkit.workers import expected, forking, kill_amid, open_together, opened, request
 from tests.oracles import assert_same_records
 
 
@@ -27,14 +27,14 @@ def test_a_killed_worker_of_a_run_loses_nothing(
 ) -> None:
     killed: list[int] = []
 
-    def kill_one(task: str, done: int, total: int) -> None:
-        if done and not killed:
-            killed.extend(process.pid or 0 for process in multiprocessing.active_children()[:1])
-            os.kill(killed[0], signal.SIGKILL)
+    def kill(worker: LocalWorker) -> None:
+        killed.append(worker._process.process.pid or 0)
+        os.kill(killed[0], signal.SIGKILL)
 
     open_together(LocalWorker, monkeypatch)
+    kill_amid(LocalWorker, kill, monkeypatch)
     how: dict[str, Any] = {"tasks": ["quick"], "limit": 100, "device": "cpu", "batch_size": 8}
-    run = ek.run(tiny_folder, **how, workers=2, out=tmp_path, progress=kill_one)
+    run = ek.run(tiny_folder, **how, workers=2, out=tmp_path)
     assert f"(process {killed[0]}) was killed by SIGKILL; another one takes its place" in caplog.text
     assert_same_records(ek.run(tiny_folder, **how), run)
     assert not multiprocessing.active_children()

@@ -120,3 +120,23 @@ def open_together(kind: type[Any], monkeypatch: Any) -> None:
         return opened
 
     monkeypatch.setattr(kind, "open", both)
+
+
+def kill_amid(kind: type[Any], kill: Callable[[Any], None], monkeypatch: Any) -> None:
+    """``kill`` is called once, with the first worker of ``kind`` that is asked a second time. Whoever else is asked
+    again waits for it, so that no worker has done the rest of the work before."""
+    lock, killed = threading.Lock(), threading.Event()
+    asked: list[Any] = []
+    really = kind.answer
+
+    def answer(worker: Any, requests: Any) -> Any:
+        if requests and worker in asked:
+            with lock:
+                if not killed.is_set():
+                    kill(worker)
+                    killed.set()
+        if requests:
+            asked.append(worker)
+        return really(worker, requests)
+
+    monkeypatch.setattr(kind, "answer", answer)
