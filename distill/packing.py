@@ -110,7 +110,7 @@ class Stream:
         if seq_len < 2 or rows < 1:
             raise ValueError(f"a batch of {rows} rows of {seq_len} tokens: expected 1 row or more of 2 tokens or more")
         self.seq_len, self.rows = seq_len, rows
-        chat, held, tokenizer = library.chat, library.held, library.tokenizer
+        chat, held, tokenizer = library.chat, library.held, library.chat.tokenizer
         self._feeds: list[Feed] = []
         for index, source in enumerate(mixture):
             opened = library.open(source)

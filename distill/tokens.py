@@ -46,7 +46,6 @@ class Library:
         self, tokenizer: Any, data_dir: Path | None = None, *, exclude: Sequence[str] = (), cache: Path | None = None
     ) -> None:
         """exclude: questions that no document may hold. cache: folder of what earlier runs tokenised."""
-        self.tokenizer = tokenizer
         self.chat, self.held = Chat(tokenizer), Held(exclude)
         self._data_dir, self._cache = data_dir, cache
         self._read: dict[str, tuple[str, bool, Documents]] = {}

@@ -306,8 +306,8 @@ METHOD = [
     "strings and the same limit. Both: those prompts with the answers scored and a reply generated.",
     f"lm-eval runs at the batch size that was fastest on the first {TRIED} items of each cell. The sides take turns in "
     "going first; ratios are of pairs measured one after the other, and all are printed.",
-    "On a GPU each side answers a cell once before it is timed: lm-eval in the choice of its batch size, ours to "
-    "capture its graphs.",
+    "On a GPU ours answers each cell once before it is timed, to capture its graphs; lm-eval has then answered "
+    f"{TRIED} of its items.",
     "Memory: the peak above what was resident before (Linux: VmHWM, begun anew for each measurement; CUDA: allocated). "
     "Tokens: those that our engine ran. Phases: a pass over prompts and choices together is shared out by tokens.",
 ]

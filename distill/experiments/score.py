@@ -9,6 +9,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from distill.experiments.collect import whole
+
 CHOICES = ["arc_easy", "arc_challenge", "openbookqa", "commonsense_qa", "piqa", "social_iqa", "quick"]
 VIEWS: dict[str, dict[str, Any]] = {
     "open": {
@@ -25,11 +27,6 @@ VIEWS: dict[str, dict[str, Any]] = {
 """What each run is asked; bigbench: every file of DATA/bigbench."""
 
 
-def complete(out: Path, view: str) -> bool:
-    file = out / view / "run.json"
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
-
-
 def main() -> None:
     """See the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +40,7 @@ def main() -> None:
 
     failed = []
     for view, asked in VIEWS.items():
-        if complete(chosen.out, view):
+        if whole(chosen.out / view):
             continue
         options = {**asked, **({"limit": chosen.limit} if chosen.limit else {})}
         tasks = options.pop("tasks", None) or [str(one) for one in sorted((chosen.data_dir / "bigbench").glob("*.gz"))]

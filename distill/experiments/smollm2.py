@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.experiments.score import VIEWS, complete
+from distill.experiments.collect import whole
+from distill.experiments.score import VIEWS
 from distill.student import start_folder
 
 FULL = (
@@ -141,7 +142,7 @@ class Runner:
 
     def _score(self, name: str, model: str, gpu: int) -> None:
         left, out = self.deadline - time.monotonic(), self.out / "scores" / Path(name).name
-        if left < 15 or all(complete(out, view) for view in VIEWS):
+        if left < 15 or all(whole(out / view) for view in VIEWS):
             return
         label = f"score-{out.name}"
         words = ["distill.experiments.score", model, "--out", str(out)]

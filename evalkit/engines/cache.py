@@ -84,8 +84,10 @@ class Slots:
         self.width = columns
         """Columns that attention reads."""
         self.index = torch.arange(rows, device=device)
+        self.next = torch.zeros(rows, dtype=torch.long, device=device)
+        """The token that the next pass runs, of each row."""
         self.at = torch.zeros(rows, dtype=torch.long, device=device)
-        """The column of each row's next token, and so the tokens that it holds."""
+        """The column of that token, and so the tokens that the row holds."""
         self.live = torch.zeros(rows, dtype=torch.long, device=device)
         """1 where a row goes on; 0 where a pass runs what nobody reads."""
         self.cache = copy.copy(like)
@@ -106,9 +108,11 @@ class Slots:
         columns = torch.arange(self.width, device=self.at.device)
         return (columns <= self.at[: self.used, None]).long()
 
-    def advance(self) -> None:
-        """Each row in use holds a token more; what nobody reads stays where it is, within columns and window."""
+    def advance(self, tokens: Tensor) -> None:
+        """Each row in use holds a token more, and ``tokens`` [used] are next; what nobody reads stays where it is,
+        within columns and window."""
         self.at[: self.used] += self.live[: self.used]
+        self.next[: self.used] = tokens
 
     def leave(self, slots: Sequence[int]) -> None:
         """What is in ``slots`` has ended."""
@@ -118,7 +122,7 @@ class Slots:
         """Make room for ``rows`` rows; those in use stay what they are."""
         self.rows = rows
         self.index = torch.arange(rows, device=self.index.device)
-        self.at, self.live = _more(self.at, rows), _more(self.live, rows)
+        self.next, self.at, self.live = (_more(one, rows) for one in (self.next, self.at, self.live))
         for layer in self.cache.layers:
             layer.grow(rows)
 
@@ -141,9 +145,9 @@ class Slots:
         for layer in self.cache.layers:
             for tensor in layer.tensors():
                 tensor[to.to(tensor.device)] = tensor[from_.to(tensor.device)]
-        self.at[to] = self.at[from_]
+        for state in (self.next, self.at, self.live):
+            state[to] = state[from_]
         self.live[from_] = 0
-        self.live[to] = 1
 
 
 class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
@@ -151,9 +155,7 @@ class _AttentionSlots(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self, like: DynamicLayer, slots: Slots) -> None:
         super().__init__()
-        self.slots: Slots = weakref.proxy(
-            slots
-        )  # they hold this layer: the memory of both goes with the last who needs it
+        self.slots: Slots = weakref.proxy(slots)  # they hold this layer: in a circle memory would stay
         shape = (slots.rows, like.keys.shape[1], slots.columns)
         # Zeros: attention gives columns that nobody filled no weight, but 0 * NaN would be NaN.
         self.keys = like.keys.new_zeros(*shape, like.keys.shape[3])

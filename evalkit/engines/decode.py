@@ -25,6 +25,11 @@ from evalkit.scoring import TIE
 
 logger = logging.getLogger("evalkit")
 
+Chosen = tuple[Tensor, Tensor]
+"""(logits [rows, vocabulary], what `_best` makes of them)."""
+Step = Callable[[int], Chosen]
+"""One pass over so many rows."""
+
 ROUND = 16
 """Slots have a multiple of this many columns."""
 FEW = 4
@@ -86,18 +91,15 @@ class Decoder:
         self.limit = rows
         self.static = static or forward.device.type == "cuda"
         self.needs: list[int] = []
-        """Columns that the rows to come will need: slots are made for the longest of those like the first."""
+        """Columns that each reply to come will need: slots are made for the longest of those like the first, and not
+        for more than come."""
         self.slots: Slots | None = None
         self._places: list[Row | None] = []
         """By slot, up to the last that is in use. What ends leaves its place empty until another takes it."""
-        self.coming = 0
-        """Replies that are still to begin, at most: fewer slots than ``limit`` may do."""
         self._cap = rows
         """Rows that the slots may grow to."""
         self._asked = 0
         """Rows that they were made for, had there been memory."""
-        self._ids = torch.zeros(0, dtype=torch.long)
-        """The newest token of each slot, which the next pass runs."""
         self._graphs: Graphs | None = None
         self._watches: dict[tuple[str, ...], Watch] = {}
 
@@ -124,7 +126,7 @@ class Decoder:
 
     @property
     def _wanted(self) -> int:
-        return _bucket(max(1, min(self.limit, self.coming)), self.limit) if self.static else self.limit
+        return _bucket(max(1, min(self.limit, len(self.needs))), self.limit) if self.static else self.limit
 
     def enter(self, begun: Sequence[Begun]) -> list[Row]:
         """Choose the first token of each reply of one prefill pass; rows that go on take slots, the others are
@@ -156,12 +158,12 @@ class Decoder:
         places += [None] * (len(going) - len(empty))
         assert len(places) <= self._cap, "more rows than slots were made for"
         while self.slots.rows < len(places):
-            self._resize(min(self._cap, 2 * self.slots.rows))
+            self.slots.grow(min(self._cap, 2 * self.slots.rows))
         begun = [one for one, _ in going]
         self.slots.put(slots, begun[0].cache, [one.row for one in begun], [one.columns for one in begun])
         for slot, (_, row) in zip(slots, going, strict=True):
             places[slot] = row
-        self._ids[slots] = self._tokens(row for _, row in going)
+        self.slots.next[slots] = self._newest(row for _, row in going)
         self._places = places
 
     def step(self) -> list[Row]:
@@ -174,14 +176,13 @@ class Decoder:
             size = self._size(len(self._places))
             logits, best = self._pass(size) if self._graphs is None else self._graphs.replay(size)
             if self._choose(rows, taken, logits, best):
-                self._ids[taken] = self._tokens(rows)
-            ended = [slot for slot, row in zip(taken, rows, strict=True) if self._ended(row)]
-            if ended:
-                self.slots.leave(ended)
-        for slot in ended:
+                self.slots.next[taken] = self._newest(rows)
+            done = {slot: row for slot, row in zip(taken, rows, strict=True) if self._ended(row)}
+            if done:
+                self.slots.leave(list(done))
+        for slot in done:
             self._places[slot] = None
-        over = set(ended)
-        return [row for slot, row in zip(taken, rows, strict=True) if slot in over]
+        return list(done.values())
 
     def _close_gaps(self) -> None:
         """Where the rows that are left fit a smaller pass, they stand side by side again."""
@@ -195,7 +196,6 @@ class Decoder:
         sources = [slot for slot in taken if slot >= number]
         empty = [slot for slot in range(number) if self._places[slot] is None]
         self.slots.move(sources, empty)
-        self._ids[empty] = self._ids[sources]
         for source, slot in zip(sources, empty, strict=True):
             self._places[slot] = self._places[source]
         del self._places[number:]
@@ -227,7 +227,6 @@ class Decoder:
         rows = self._cap if self.static else min(self._cap, max(entering, FEW))
         try:
             self.slots = Slots(one.cache, rows, columns, device)
-            self._ids = torch.zeros(rows, dtype=torch.long, device=device)
             if device.type == "cuda":
                 sizes = {_bucket(n, rows) for n in range(1, rows + 1)}
                 self._graphs = captured(self._pass, sizes, {one.device for one in self.forward.model.parameters()})
@@ -235,13 +234,6 @@ class Decoder:
             self.clear()
             raise
         self.profile.graphs = self._graphs is not None
-
-    def _resize(self, rows: int) -> None:
-        assert self.slots is not None
-        self.slots.grow(rows)
-        ids = torch.zeros(rows, dtype=torch.long, device=self.forward.device)
-        ids[: len(self._ids)] = self._ids
-        self._ids = ids
 
     def _memory(self) -> int:
         """Bytes that slots may take: half of what a GPU has left."""
@@ -256,20 +248,19 @@ class Decoder:
         assert self.slots is not None
         return _bucket(rows, self.slots.rows) if self.static else rows
 
-    def _pass(self, used: int) -> tuple[Tensor, Tensor]:
-        """(logits [used, vocabulary], what `_best` makes of them) of the first ``used`` slots, whose next token is
-        then the likeliest. Reads and writes the same memory each time, and leaves nothing for the host to do."""
+    def _pass(self, used: int) -> Chosen:
+        """Of the first ``used`` slots, whose next token is then the likeliest. Reads and writes the same memory each
+        time, and leaves nothing for the host to do."""
         slots = self.slots
         assert slots is not None
         width = slots.columns
         if not self.static:
             width = max(len(row.job.prompt) + len(row.tokens) for row in self.rows)
         slots.use(used, width)
-        ids, at = self._ids[:used, None], slots.at[:used, None]
+        ids, at = slots.next[:used, None], slots.at[:used, None]
         logits = self.forward(ids, None, mask=slots.mask(), positions=at, cache=slots.cache)
-        slots.advance()
         best = _best(logits)
-        self._ids[:used] = best[0]
+        slots.advance(best[0])
         return logits, best
 
     def _choose(self, rows: Sequence[Row], at: Sequence[int], logits: Tensor, best: Tensor) -> bool:
@@ -285,8 +276,8 @@ class Decoder:
             self.profile.ties += near[place]
         return bool(drawn)
 
-    def _tokens(self, rows: Iterable[Row]) -> Tensor:
-        return torch.tensor([row.tokens[-1] for row in rows], device=self._ids.device)
+    def _newest(self, rows: Iterable[Row]) -> Tensor:
+        return torch.tensor([row.tokens[-1] for row in rows], device=self.forward.device)
 
     def _watch(self, stops: tuple[str, ...]) -> Watch:
         return self._watches.setdefault(stops, Watch(self.tokenizer, stops))
@@ -310,9 +301,7 @@ def _best(logits: Tensor) -> Tensor:
 class Graphs:
     """A pass as CUDA graphs, one for each number of rows."""
 
-    def __init__(
-        self, step: Callable[[int], tuple[Tensor, Tensor]], sizes: Collection[int], device: torch.device
-    ) -> None:
+    def __init__(self, step: Step, sizes: Collection[int], device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
             # Results are read before the next replay, so all graphs may use the same memory; the largest comes first.
@@ -324,9 +313,7 @@ class Graphs:
                 self._graphs = {size: self._capture(step, size, stream) for size in sorted(sizes, reverse=True)}
             torch.cuda.current_stream().wait_stream(stream)
 
-    def _capture(
-        self, step: Callable[[int], tuple[Tensor, Tensor]], size: int, stream: torch.cuda.Stream
-    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]:
+    def _capture(self, step: Step, size: int, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Chosen]:
         step(size)  # what is made once, such as kernels, can't be made during the capture
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on, such as one that loads data.
@@ -334,16 +321,14 @@ class Graphs:
             result = step(size)
         return graph, result
 
-    def replay(self, size: int) -> tuple[Tensor, Tensor]:
+    def replay(self, size: int) -> Chosen:
         graph, result = self._graphs[size]
         with torch.cuda.device(self._device):
             graph.replay()
         return result
 
 
-def captured(
-    step: Callable[[int], tuple[Tensor, Tensor]], sizes: Collection[int], devices: Collection[torch.device]
-) -> Graphs | None:
+def captured(step: Step, sizes: Collection[int], devices: Collection[torch.device]) -> Graphs | None:
     """Before any row has its slot: the passes that warm up write states. None, with a word in the log: it can't be
     captured, and runs as it is written."""
     if len(devices) > 1:
@@ -358,7 +343,7 @@ def captured(
         return None
 
 
-def _refuse_waits(step: Callable[[int], tuple[Tensor, Tensor]], size: int) -> None:
+def _refuse_waits(step: Step, size: int) -> None:
     """RuntimeError where the host waits for the GPU: found during a capture, it would spoil PyTorch's allocator."""
     step(size)
     before = torch.cuda.get_sync_debug_mode()

@@ -207,8 +207,7 @@ class HFEngine:
             share=prefill is not None,
             branches=prefill is not None and prefill.layout == "tree",
         )
-        decoder.needs = [job.need for job in jobs if job.generations]
-        decoder.coming = sum(len(job.generations) for job in jobs)
+        decoder.needs = [job.need for job in jobs for _ in job.generations]
         try:
             while queue or decoder.rows:
                 prefix: Tokens = ()

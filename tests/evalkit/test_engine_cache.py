@@ -343,7 +343,7 @@ def test_fixed_shapes_change_no_reply(models: dict[str, Any], name: str, monkeyp
         out = real(self, used)
         shapes.add((used, self.slots.width))
         pointers.add(
-            (self._ids.data_ptr(), *(t.data_ptr() for layer in self.slots.cache.layers for t in layer.tensors()))
+            (self.slots.next.data_ptr(), *(t.data_ptr() for layer in self.slots.cache.layers for t in layer.tensors()))
         )
         return out
 
