@@ -106,9 +106,9 @@ def test_the_checkpoints_lie_beside_the_distiller_which_is_not_imported() -> Non
     code = (
         "import sys, models.builtin, importlib.util as u\n"
         "assert not any(name.partition('.')[0] == 'distill' for name in sys.modules)\n"
-        "print(models.builtin.CHECKPOINTS.parent, u.find_spec('distill').submodule_search_locations[0])"
+        "print(models.builtin.CHECKPOINTS.parent, u.find_spec('distill').submodule_search_locations[0], sep='\\n')"
     )
     ours, theirs = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    ).stdout.split()
+    ).stdout.splitlines()
     assert Path(ours) == Path(theirs)
